@@ -77,3 +77,33 @@ def verdicts_of(storage: Storage, keys: dict[str, str]) -> pl.DataFrame:
     table = storage.read(VERDICTS, ["layer", "unit", "system", "description", "verdict"], **keys)
     rows = pl.DataFrame(pl.from_arrow(table)).filter(pl.col("system") == _OWN)
     return rows.select("layer", "unit", pl.col("description").alias("judged"), "verdict")
+
+
+def verdicts_by(storage: Storage, judge: str) -> pl.DataFrame:
+    """All verdicts of a judge on units' own descriptions: columns labeler, model, layer, unit, judged, verdict.
+
+    Raises:
+        MilanError: There are none.
+    """
+    partitions = storage.partitions(VERDICTS, predictor=judge)
+    if not partitions:
+        judges = sorted({keys["predictor"] for keys in storage.partitions(VERDICTS)})
+        others = f"there are some by {', '.join(judges)}" if judges else "run jobs.score first"
+        raise MilanError(f"{storage.root} holds no verdicts by {judge}: {others}.")
+    return pl.concat(
+        verdicts_of(storage, keys).with_columns(pl.lit(keys["labeler"]).alias("labeler"), model=pl.lit(keys["model"]))
+        for keys in partitions
+    )
+
+
+def with_verdicts(units: pl.DataFrame, verdicts: pl.DataFrame) -> pl.DataFrame:
+    """Adds ``verdict``, and its ``rank``, to units; a verdict on an earlier description is none.
+
+    Args:
+        units: Columns labeler, model, layer, unit, description, and any others.
+        verdicts: From :func:`verdicts_by`.
+    """
+    joined = units.join(verdicts, on=["labeler", "model", "layer", "unit"], how="left", maintain_order="left")
+    current = pl.when(pl.col("judged") == pl.col("description")).then("verdict").otherwise(pl.lit(UNJUDGED))
+    rank = pl.col("verdict").replace_strict(RANKS, return_dtype=pl.Int32).alias("rank")
+    return joined.with_columns(current.fill_null(UNJUDGED).alias("verdict")).with_columns(rank).drop("judged")
