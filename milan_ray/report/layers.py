@@ -313,9 +313,7 @@ def write_layer(
             shown.update(card["images"])
         write_script(folder / "cards" / f"{number}.js", "milan.cards", content.href, number, cards)
     if content.stale:
-        say(
-            f"report: left out {content.stale} scores and verdicts of {model} {layer}: they are of earlier descriptions"
-        )
+        say(f"report: left out {content.stale} scores and verdicts on earlier descriptions of {model} {layer}")
     columns = {key: column for key, column in content.columns.items() if any(v is not None for v in column["values"])}
     write_script(
         folder / "units.js",
