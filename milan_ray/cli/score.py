@@ -72,6 +72,7 @@ def run(args: argparse.Namespace) -> int:
     from milan_ray.engine.tasks import models_apart
     from milan_ray.models.generators import GeneratorRef
     from milan_ray.schema import SCORES
+    from milan_ray.scoring.score_sanity import failing
     from milan_ray.stages.cosy import CosyConfig, CosyScores
     from milan_ray.stages.scores import Learning, ScoreConfig, class_layers, described_layers, run_scores, score_stages
 
@@ -122,8 +123,10 @@ def run(args: argparse.Namespace) -> int:
     failed: dict[str, str] = {}
     with cluster(args) as resources:
         done = models_apart(score, layers, failed)
-    for experiment in experiments:
-        say(_text(storage.read(SCORES, experiment=experiment)))
+    tables = [storage.read(SCORES, experiment=experiment) for experiment in experiments]
+    failed_tests = failing(row for table in tables for row in table.to_pylist())
+    for table in tables:
+        say(_text(table, failed_tests))
     note(args, experiments=experiments)
     return close(args, "scores", done, failed)
 
@@ -145,11 +148,21 @@ def _classes(models: list[ModelRef]) -> dict[str, tuple[str, ...]]:
     return classes
 
 
-def _text(scores: pa.Table) -> str:
-    """Formats an experiment as text: every metric of each labeler, alongside the trivial baselines."""
+def _text(scores: pa.Table, failed: Mapping[str, Sequence[str]]) -> str:
+    """Formats an experiment as text: every metric of each labeler, alongside the trivial baselines.
+
+    Metrics that fail a test of scores are marked with its name.
+    """
     lines: dict[str, list[str]] = {}
     for row in scores.to_pylist():
         if " − " not in row["system"]:
             lines.setdefault(row["metric"], []).append(f"{row['system']} {row['value']:.3g}")
     title = scores["experiment"][0].as_py() if len(scores) else "no scores"
-    return "\n".join([title, *(f"  {metric}: {' · '.join(values)}" for metric, values in lines.items())])
+    return "\n".join(
+        [title, *(f"  {metric}{_mark(failed.get(metric))}: {' · '.join(values)}" for metric, values in lines.items())]
+    )
+
+
+def _mark(tests: Sequence[str] | None) -> str:
+    """What stands behind the name of a metric that fails tests."""
+    return f" (fails: {', '.join(tests)})" if tests else ""

@@ -4,9 +4,14 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Protocol
 
+from milan_ray.damaged import LeftOut
 from milan_ray.report.pages import VERDICT_ORDER, VERDICT_SUFFIX, Row, short
+from milan_ray.schema import SCORES
+from milan_ray.scoring.score_sanity import JUDGED, failing
+from milan_ray.storage import Storage
 
 OWN, OF_EXEMPLARS = "own", "exemplars"
 """Names in tables ``unit_scores`` and ``verdicts``: the unit's own description; scores that need none."""
@@ -22,6 +27,10 @@ class Layer(Protocol):
     """The part of a layer's content that scores need."""
 
     stale: int
+
+    @property
+    def failing(self) -> Mapping[str, Sequence[str]]:
+        """Metric → tests of scores that it fails."""
 
     @property
     def descriptions(self) -> Mapping[str, object]:
@@ -44,11 +53,12 @@ def scores_of(layer: Layer, unit: int, scores: Tables, labels: Sequence[Row | No
                 layer.stale += 1
                 continue
             who = "" if labeler == OF_EXEMPLARS or len(now) == 1 else f"{labeler}: "
-            put(f"{predictor} {labeler} {metric}", f"{who}{metric} ({predictor})", own["value"])
+            mark = failure(layer.failing.get(metric))
+            put(f"{predictor} {labeler} {metric}", f"{who}{metric} ({predictor}){mark}", own["value"])
             yield {
                 "judge": predictor,
                 "labeler": labeler,
-                "metric": metric,
+                "metric": f"{metric}{mark}",
                 "images": own["images"],
                 **{system: short(row["value"]) for system, row in systems.items()},
             }
@@ -76,3 +86,15 @@ def verdicts_of(layer: Layer, unit: int, verdicts: Tables, labels: Sequence[Row 
             "verdict": own["verdict"],
             **{system: row["verdict"] for system, row in systems.items() if system != OWN},
         }
+
+
+def failing_scores(storage: Storage, left_out: LeftOut) -> dict[str, list[str]]:
+    """Finds the metrics that fail a test of scores in any experiment of a storage, and the tests."""
+    experiments = [keys for keys in storage.partitions(SCORES) if keys["experiment"].startswith(JUDGED)]
+    tables = [left_out.unless_damaged(partial(storage.read, SCORES, **keys), None) for keys in experiments]
+    return failing(row for table in tables if table is not None for row in table.to_pylist())
+
+
+def failure(tests: Sequence[str] | None) -> str:
+    """What stands behind the name of a metric that fails tests."""
+    return f" – fails: {', '.join(tests)}" if tests else ""

@@ -23,7 +23,7 @@ from milan_ray.exemplars.masks import mask_size
 from milan_ray.exemplars.ties import Ties, ties_of_tables
 from milan_ray.progress import say
 from milan_ray.report.images import image_folder, image_source, write_masks
-from milan_ray.report.judged import OF_EXEMPLARS, scores_of, verdicts_of
+from milan_ray.report.judged import OF_EXEMPLARS, failing_scores, scores_of, verdicts_of
 from milan_ray.report.nearest import mean_features, nearest
 from milan_ray.report.pages import Pages, Row, short, slug, write_script
 from milan_ray.schema import (
@@ -63,6 +63,7 @@ class Sources:
         encodings: (model, layer) → encoders that have encoded its exemplars.
         scores: (model, layer) → partitions of unit_scores.
         verdicts: (model, layer) → partitions of verdicts.
+        failing: Metric → tests of scores that it fails on a probe of this storage.
         left_out: Records which damaged tables are not shown.
     """
 
@@ -72,6 +73,7 @@ class Sources:
     encodings: dict[tuple[str, str], list[str]]
     scores: dict[tuple[str, str], list[dict[str, str]]]
     verdicts: dict[tuple[str, str], list[dict[str, str]]]
+    failing: dict[str, list[str]]
     left_out: LeftOut
 
     @classmethod
@@ -86,7 +88,8 @@ class Sources:
             verdicts[keys["model"], keys["layer"]].append(keys)
         annotations = sorted({keys["source"] for keys in storage.partitions(ANNOTATIONS)})
         shared = (storage, tuple(labelers), tuple(annotations))
-        return cls(*shared, dict(encodings), dict(scores), dict(verdicts), left_out)
+        failed = failing_scores(storage, left_out)
+        return cls(*shared, dict(encodings), dict(scores), dict(verdicts), failed, left_out)
 
     def shown(self, partitions: Sequence[dict[str, str]]) -> list[dict[str, str]]:
         """The partitions of shown labelers, in their order, and then those of exemplars."""
@@ -219,6 +222,10 @@ class _Layer:
             scores={(at["predictor"], at["labeler"]): _ByUnit(sources.rows(UNIT_SCORES, **at)) for at in shown},
             verdicts={(at["predictor"], at["labeler"]): _ByUnit(sources.rows(VERDICTS, **at)) for at in judged},
         )
+
+    @property
+    def failing(self) -> dict[str, list[str]]:
+        return self.sources.failing
 
     @property
     def keys(self) -> dict[str, str]:

@@ -31,7 +31,16 @@ VERDICTS = Table(
         Column("q", pa.float64(), "p after Benjamini and Hochberg, over the units of the layer", True),
         Column("likeness", pa.float64(), "p-value of the exemplars' likeness against random images", True),
         Column("probability", pa.float64(), "that it is true, at even odds; null without a calibration", True),
-        Column("images", pa.int64(), "images behind the score"),
+        Column("f1", pa.float64(), "harmonic mean of precision and recall for the top images; null as cosine", True),
+        Column("iou", pa.float64(), "intersection over union with the top images; null as cosine", True),
+        Column(
+            "cosine",
+            pa.float64(),
+            "of activation and presence; null where the activation is constant or the judge's fit is no probability",
+            True,
+        ),
+        Column("auprc", pa.float64(), "area under precision and recall for the top images; null as cosine", True),
+        Column("images", pa.int64(), "images behind the scores"),
     ),
     "Whether a unit's description is believed, and why.",
 )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 from pathlib import Path
 
@@ -13,9 +14,11 @@ import pytest
 from milan_ray import cli
 from milan_ray.exemplars.pooled import matrix
 from milan_ray.schema import CALIBRATIONS, DESCRIPTIONS, EXEMPLARS, POOLED, SCORES, VERDICTS
+from milan_ray.scoring.presence import presence_scores
 from milan_ray.scoring.simulation import held_out
 from milan_ray.scoring.verdicts import weigh
 from milan_ray.stages.scores import verdicts
+from milan_ray.stages.scores.inputs import SYSTEMS
 from milan_ray.storage import Storage
 
 PLUGIN = str(Path(__file__).resolve().parents[1] / "plugins/patches.py")
@@ -126,9 +129,9 @@ def test_shards_change_nothing_and_a_second_run_does_nothing(mine, monkeypatch, 
 
 def test_held_out_share_pooling_and_seed_decide(mine, capsys):
     planned = ["--dry-run", "--json"]
-    assert cli.main(score(mine, "--top", "0.2", *planned)) == 0  # says how AUPRC is computed: no business of verdicts
+    assert cli.main(score(mine, "--retrieved", "9", *planned)) == 0  # not a matter of verdicts
     assert "verdicts" not in {step["table"] for step in json.loads(capsys.readouterr().out)["planned"]}
-    for option in (["--pooling", "max"], ["--held-out", "0.5"], ["--seed", "3"]):
+    for option in (["--top", "0.2"], ["--pooling", "max"], ["--held-out", "0.5"], ["--seed", "3"]):
         assert cli.main(score(mine, *option, *planned)) == 0
         assert "verdicts" in {step["table"] for step in json.loads(capsys.readouterr().out)["planned"]}
     assert cli.main(score(mine, "--held-out", "0.5")) == 0
@@ -170,7 +173,7 @@ def test_verdicts_are_made_again_when_there_is_a_calibration(mine, capsys):
     capsys.readouterr()
     assert cli.main(score(mine, "--dry-run", model=TWIN)) == 0
     plan = capsys.readouterr().out
-    assert "verdicts      patches/truth people patches/twin seen  calibration changed" in plan, plan
+    assert re.search("verdicts +patches/truth people patches/twin seen +calibration changed", plan), plan
     assert cli.main(score(mine, model=TWIN)) == 0
     assert rows(mine, TWIN)["own", 0]["probability"] > 0.5
 
@@ -180,3 +183,36 @@ def test_calibration_from_networks_without_descriptions_is_one_sentence(mine, ca
     assert "no descriptions of patches/nowhere" in capsys.readouterr().err
     assert cli.main(["score", "--model", WATCHER, *SOURCE, "--generator", "g", *UNTRAINED]) == 1
     assert "without --clip --calibrate would do nothing" in capsys.readouterr().err
+
+
+def test_scores_of_presence_stand_beside_and_are_judged_by_supported_descriptions(mine, capsys):
+    shown = np.array([np.random.default_rng([7, n]).random(12) < 0.25 for n in range(200)]).astype(float)
+    pooled = mine.read(POOLED, model=WATCHER, layer="seen")
+    activations, ids = matrix(pooled["mean"]).astype(float), pooled["image_id"].to_numpy()
+    assert cli.main(score(mine, "--top", "0.2", "--retrieved", "10")) == 0
+    said = capsys.readouterr().err
+    found, exemplars = rows(mine), mine.read(EXEMPLARS, model=WATCHER, layer="seen").to_pylist()
+    for unit in (0, 3, 17):
+        use = ~np.isin(ids, [row["image_id"] for row in exemplars if row["unit"] == unit])
+        for system in SYSTEMS:
+            row = found[system, unit]
+            if row["description"] != "nothing":
+                present = shown[ids, PLACES.index(row["description"].split()[-1])][use]
+                for metric, measure in presence_scores(0.2).items():
+                    value = row["score" if metric == "correlation" else metric]
+                    assert value == pytest.approx(measure(activations[use, unit], present), abs=1e-6)
+    assert found["own", 24]["f1"] is None
+    experiment = f"scores judged by supported descriptions: {WATCHER} seen"
+    judged = {(row["system"], row["metric"]): row for row in mine.read(SCORES, experiment=experiment).to_pylist()}
+    assert judged["missing labels", "f1"]["n"] == 21
+    for metric in ("f1", "iou", "correlation", "cosine", "auprc"):
+        assert min(judged[test, metric]["value"] for test in ("missing labels", "extra labels")) >= 0.75, metric
+    assert judged["missing labels", "retrieval-auc"]["value"] < 0.75
+    assert "retrieval-auc (fails: missing labels): people" in said and "  correlation: people" in said
+    site = Path(mine.root) / "report"
+    assert cli.main(["report", "--storage", mine.root, "--report", str(site)]) == 0
+    pages = "".join(path.read_text() for path in site.rglob("index.html"))
+    assert '<th scope="col">retrieval-auc – fails: missing labels</th>' in pages
+    assert '<th scope="col">correlation</th>' in pages
+    (units,) = [path.read_text() for path in site.rglob("units.js") if "retrieval-auc" in path.read_text()]
+    assert "retrieval-auc (patches/truth) \\u2013 fails: missing labels" in units

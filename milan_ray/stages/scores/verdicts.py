@@ -36,6 +36,8 @@ from milan_ray.schema import CALIBRATIONS, EXEMPLARS, IMAGE_EMBEDDINGS, LEVELS, 
 from milan_ray.scoring.auroc import auroc
 from milan_ray.scoring.clarity import clarity
 from milan_ray.scoring.evaluation import SHUFFLED
+from milan_ray.scoring.presence import METRICS, score_presence
+from milan_ray.scoring.simulation import Sigmoid
 from milan_ray.scoring.verdicts import (
     Calibration,
     Evidence,
@@ -51,6 +53,7 @@ from milan_ray.stages.embeddings import (
     embedded_ids,
     embeddings_of,
     lists_of,
+    padded,
     products,
     rows_of,
     text_embeddings,
@@ -67,6 +70,7 @@ from milan_ray.stages.scores.inputs import (
     check_pooled,
     upstream,
 )
+from milan_ray.stages.scores.sanity import DescribedSanity
 from milan_ray.storage import Storage
 
 KERNEL_VERSION = "verdicts-1"
@@ -77,7 +81,7 @@ TRUTH = "truth"
 UNITS_PER_SHARD = 64
 """Units per shard."""
 
-WIDTH = 64
+WIDTH = UNITS_PER_SHARD
 """Columns of a product, whatever the number of units: results must not depend on how units were cut."""
 
 _INDEX = {system: f"{system}_text" for system in SYSTEMS}
@@ -88,6 +92,7 @@ _PIECE = pa.schema(
         ("unit", pa.int32()),
         *((column, pa.int32()) for column in _INDEX.values()),
         *((system, pa.string()) for system in SYSTEMS),
+        *((f"{system} {metric}", pa.float64()) for system in SYSTEMS for metric in METRICS),
         ("images", pa.int64()),
         ("likeness", pa.float64()),
         ("scores", pa.list_(pa.float64())),
@@ -98,9 +103,9 @@ _PIECE = pa.schema(
 class VerdictWorker(ShardWorker):
     """Scores a block of units with every description of their layer."""
 
-    def __init__(self, images: dict[str, str], config: ScoreConfig, **context: Any) -> None:
+    def __init__(self, images: dict[str, str], config: ScoreConfig, curve: Sigmoid | None, **context: Any) -> None:
         super().__init__(**context)
-        self._images, self._config = images, config
+        self._images, self._config, self._curve = images, config, curve
         self._embedded = embedded_ids(self._storage, **images)
 
     def __call__(self, row: Row) -> Row:
@@ -117,8 +122,15 @@ class VerdictWorker(ShardWorker):
             (responses.activations[span], responses.use[span], products(images[span], vectors, len(vectors)).numpy())
             for span in spans
         )
-        scores = cross_correlations(blocks, max(WIDTH, len(units)))
+        scores = cross_correlations(blocks, WIDTH)
         columns = {name: block[name] for name in block.column_names}
+        for system in SYSTEMS:
+            fit = products(
+                images, padded(rows_of(texts["embedding"])[block[_INDEX[system]].to_numpy()], WIDTH), len(units)
+            )
+            presence = fit.numpy() if self._curve is None else self._curve(fit.numpy())
+            figures = score_presence(responses.activations, responses.use, presence, self._config.top)
+            columns |= {f"{system} {metric}": pa.array(of, from_pandas=True) for metric, of in figures.items()}
         columns |= {
             "images": pa.array(responses.use.sum(axis=0)),
             "likeness": pa.array(self._likeness(layer, units, images)),
@@ -167,7 +179,7 @@ class Verdicts(ShardedStage):
         self._truth = {Described(TRUTH, *layer): names for layer, names in (truth or {}).items()}
         self._described, self._learning = [*self._truth, *described], learning
         self._ref, self._plugins = images.ref, images.probe.plugins
-        self._images, self._config = images.keys, config
+        self._images, self._config, self._curve = images.keys, config, config.curve(images.embedder)
         self._identity = images.embedder.text_identity()
         self.title, self.label = f"verdicts by {images.ref.name}", f"verdicts ({images.ref.name})"
 
@@ -180,7 +192,8 @@ class Verdicts(ShardedStage):
         config = self._config
         identity = {
             "kernel": KERNEL_VERSION,
-            "config": [config.pooling, config.share, config.seed],
+            "config": [config.pooling, config.share, config.seed, config.top],
+            "curve": self._curve,
             "texts": self._identity,
             "images": known.config(IMAGE_EMBEDDINGS, **self._images),
         }
@@ -235,8 +248,8 @@ class Verdicts(ShardedStage):
         return Texts.read(storage, layer, self._config.seed)
 
     def arguments(self, job: Job) -> dict[str, Any]:
-        """Which images count."""
-        return {"images": self._images, "config": self._config}
+        """Which images count, and how a fit becomes a probability."""
+        return {"images": self._images, "config": self._config, "curve": self._curve}
 
     def merge(self, storage: Storage, output: Output, pieces: Iterable[pa.Table]) -> pa.Table:
         """A layer's verdicts, from the scores of all its units with all its descriptions."""
@@ -277,6 +290,7 @@ def _rows(
             "verdict": [verdict for verdict, _ in verdicts],
             "reason": [reason for _, reason in verdicts],
             **{name: pa.array(values, pa.float64(), from_pandas=True) for name, values in figures.items()},
+            **{metric: table[f"{system} {metric}"] for metric in METRICS},
             "images": table["images"],
         }
     )
@@ -393,11 +407,13 @@ def verdict_stages(
         config: Which images count.
         learning: What a calibration learns from; None takes the stored one, if any.
     """
+    judged: list[RunnableStage] = [DescribedSanity(described, images, config)] if images.embedder.view is None else []
     if learning is None:
-        return [Verdicts(described, images, config)]
+        return [Verdicts(described, images, config), *judged]
     others = [layer for layer in described if layer not in learning.untrained]
     return [
         Verdicts(learning.untrained, images, config, learning.truth, learning.models),
         Calibrations(images.ref, learning),
         Verdicts(others, images, config, learning=learning.models),
+        *judged,
     ]
