@@ -1,8 +1,8 @@
 """Scores of a description as a detector: F1, IoU, correlation, cosine and AUPRC (docs/verdicts.md).
 
 A unit's activations a over N images are compared with the presence c of what its description names, a probability or a
-label for each image. F1, IoU and AUPRC binarise activations at their highest share α. All five fall when a description
-is made too narrow or too wide; that is tested (``scoring/score_sanity.py``).
+label for each image. F1, IoU and AUPRC binarise activations at their highest share α. Whether a score falls when a
+description is made too narrow or too wide depends on α and on the activations: ``scoring/score_sanity.py`` tests it.
 
 Source: Oikarinen et al., *Evaluating neuron explanations: a unified framework with sanity checks* (ICML 2025).
 """
