@@ -91,7 +91,7 @@ def test_search_shows_supported_descriptions_first(tmp_path, capsys) -> None:
     assert "verdict" in (out := capsys.readouterr().out) and "nothing to describe  net" in out
     assert main([*options, "--verdicts-by", "clip"]) == 1
     assert f"no verdicts by clip: there are some by {JUDGE}" in capsys.readouterr().err
-    rows = milan_ray.search(storage, "dog", verdicts_by=JUDGE)
-    assert rows["unit"][0] == 2
+    units = milan_ray.search(storage, "dog", verdicts_by=JUDGE)
+    assert units["unit"][0] == 2
     with pytest.raises(MilanError, match="give one instead of a frame"):
-        milan_ray.search(rows, "dog", verdicts_by=JUDGE)
+        milan_ray.search(units, "dog", verdicts_by=JUDGE)

@@ -5,11 +5,11 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from milan_ray.schema.verdicts import SUPPORTED
 from milan_ray.scoring.verdicts import (
     HALF,
     NOTHING,
     PARTLY,
-    SUPPORTED,
     UNSUPPORTED,
     Calibration,
     Evidence,
