@@ -17,6 +17,7 @@ def add(parser: argparse.ArgumentParser) -> None:
     options.experiment(parser)
     group = parser.add_argument_group("analysis")
     string(group, "--labeler", "NAME", "whose descriptions of the units to read", "milan")
+    options.supported(group)
     options.language(group)
     group.add_argument(
         "--words", nargs="*", metavar="WORD", help="words that descriptions are compared with (default: the paper's)"
@@ -34,7 +35,9 @@ def run(args: argparse.Namespace) -> int:
     from milan_ray.studies.spacy_pipeline import find_spacy_pipeline, language_name
 
     storage, models, probe = opened(args)
-    config = AnalysisConfig(args.labeler, trials=args.trials, seed=args.seed, ties=args.ties)
+    config = AnalysisConfig(
+        args.labeler, trials=args.trials, seed=args.seed, ties=args.ties, supported_by=args.supported_by
+    )
     if args.words is not None:
         config = replace(config, words=tuple(args.words))
     if args.dry_run:

@@ -42,6 +42,7 @@ def add(parser: argparse.ArgumentParser) -> None:
         type=words,
     )
     string(group, "--labeler", "NAME", "whose descriptions", "milan")
+    options.supported(group)
     string(group, "--name", "NAME", "name of the audit in the tables", "faces", type=table_name)
     group.add_argument(
         "--query", action="append", default=[], metavar="TEXT",
@@ -74,7 +75,9 @@ def run(args: argparse.Namespace) -> int:
     load_plugins(args.plugin)
     _refuse(args)
     storage = writable_storage(args)
-    config = AuditConfig(args.name, tuple(FACE_WORDS if args.words is None else args.words), args.labeler)
+    config = AuditConfig(
+        args.name, tuple(FACE_WORDS if args.words is None else args.words), args.labeler, args.supported_by
+    )
     if not config.words:
         raise MilanError("--words holds no word: give some, e.g. --words 'face|person,mouth'.")
 

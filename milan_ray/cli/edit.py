@@ -24,6 +24,7 @@ def add(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("editing; --probe gives the validation images, which are like those of training")
     strings(group, "--test", "SOURCE", "images that judge: those that the network should not fail on")
     string(group, "--labeler", "NAME", "whose descriptions of the units to read", "milan")
+    options.supported(group)
     strings(group, "--words", "WORD", "what unwanted units' descriptions contain (default: text word letter)")
     integer(group, "--most", 50, "units removed at most")
     integer(group, "--trials", 5, "random orders, in addition to the others")
@@ -49,7 +50,9 @@ def run(args: argparse.Namespace) -> int:
         raise MilanError("a network is edited at a time: give a single --model.")
     test = None if args.test is None else _probe(args, args.test)
     train = None if args.fine_tune is None else _probe(args, args.fine_tune)
-    config = EditingConfig(args.labeler, tuple(args.words or TEXT), args.most, args.trials, args.seed)
+    config = EditingConfig(
+        args.labeler, tuple(args.words or TEXT), args.most, args.trials, args.seed, args.supported_by
+    )
     study = Editing(models[0], validation, test, config)
     if args.dry_run:
         return show_plan(args, study.plan(storage, tuned=train is not None))

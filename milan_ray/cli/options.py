@@ -274,6 +274,16 @@ def job(parser: argparse.ArgumentParser) -> None:
     add_to(parser, report, stages)
 
 
+def supported(parser: argparse._ActionsContainer) -> None:
+    """Adds ``--supported-by``."""
+    string(
+        parser,
+        "--supported-by",
+        "JUDGE",
+        "read only descriptions that the verdicts of this judge (--clip of jobs.score) support",
+    )
+
+
 def experiment(parser: argparse.ArgumentParser) -> None:
     """Adds the common options of subcommands that run experiments on networks with images."""
     models(parser)

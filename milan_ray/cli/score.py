@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from milan_ray.cli import options
-from milan_ray.cli.arguments import choice, flag, fraction, integer, names, string
+from milan_ray.cli.arguments import choice, flag, fraction, integer, names, string, strings
 from milan_ray.cli.build_configs import cluster, feature_layers, image_text_ref, opened
 from milan_ray.cli.refusals import refuse
 from milan_ray.cli.summary import close, note, show_plan
@@ -48,6 +48,13 @@ def add(parser: argparse.ArgumentParser) -> None:
     )
     flag(group, "--class-names", "also compare descriptions with class names, in layers with one unit per class")
     flag(group, "--sanity", "also judge the scores themselves, where the model's classes are concepts of --clip's maps")
+    strings(
+        group,
+        "--calibrate",
+        "UNTRAINED",
+        "learn the probabilities of verdicts: true are the concepts of --model's units, as with --sanity; false are "
+        "these shuffled, and what is said of these described networks with random weights",
+    )
     integer(group, "--seed", 0, "seed of the shuffled row and the bootstrap", least=0)
     options.add_to(parser, options.models, options.download, options.stages)
 
@@ -65,13 +72,14 @@ def run(args: argparse.Namespace) -> int:
     from milan_ray.engine.tasks import models_apart
     from milan_ray.models.generators import GeneratorRef
     from milan_ray.schema import SCORES
+    from milan_ray.scoring.score_sanity import failing
     from milan_ray.stages.cosy import CosyConfig, CosyScores
-    from milan_ray.stages.scores import ScoreConfig, class_layers, described_layers, run_scores, score_stages
+    from milan_ray.stages.scores import Learning, ScoreConfig, class_layers, described_layers, run_scores, score_stages
 
     if args.clip is None and args.generator is None:
         raise MilanError("give what judges: a model of images and texts with --clip, or --generator, or both.")
     if args.clip is None:
-        judged = ["top", "retrieved", "sigmoid", "class_names", "sanity"]
+        judged = ["top", "retrieved", "sigmoid", "class_names", "sanity", "calibrate"]
         refuse(args, judged, "without --clip", "give --clip too")
     if args.generator is None:
         refuse(args, ["images", "prompt", "weights", "activations"], "without --generator", "give --generator too")
@@ -79,8 +87,9 @@ def run(args: argparse.Namespace) -> int:
     described = described_layers(storage, [model.name for model in models], args.labeler, feature_layers(args)[0])
     config = ScoreConfig(args.pooling, args.held_out, args.top, args.retrieved, args.sigmoid, args.seed)
     judge = None if args.clip is None else image_text_ref(args)
-    named = args.clip and (args.class_names or args.sanity)
+    named = args.clip and (args.class_names or args.sanity or args.calibrate)
     classes = class_layers(storage, described, _classes(models)) if named else {}
+    untrained = described_layers(storage, args.calibrate, args.labeler) if args.calibrate else []
     painter, cosy = GeneratorRef(args.generator or ""), CosyConfig(args.images, args.seed, args.prompt)
     layers = {
         model: list(dict.fromkeys(what.layer for what in described if what.model == model))
@@ -93,7 +102,8 @@ def run(args: argparse.Namespace) -> int:
         if judge is not None:
             own = {keys: names for keys, names in classes.items() if keys[0] in left}
             compared, judged = own if args.class_names else None, own if args.sanity else None
-            yield score_stages(chosen, probe, judge, config, compared, judged)
+            learning = Learning(own, tuple(untrained)) if own and untrained else None
+            yield score_stages(chosen, probe, judge, config, compared, judged, learning)
         if args.generator is not None:
             generating = [model for model in models if model.name in left]
             yield [CosyScores(chosen, probe, generating, painter, cosy, config)]
@@ -113,8 +123,10 @@ def run(args: argparse.Namespace) -> int:
     failed: dict[str, str] = {}
     with cluster(args) as resources:
         done = models_apart(score, layers, failed)
-    for experiment in experiments:
-        say(_text(storage.read(SCORES, experiment=experiment)))
+    tables = [storage.read(SCORES, experiment=experiment) for experiment in experiments]
+    failed_tests = failing(row for table in tables for row in table.to_pylist())
+    for table in tables:
+        say(_text(table, failed_tests))
     note(args, experiments=experiments)
     return close(args, "scores", done, failed)
 
@@ -136,11 +148,21 @@ def _classes(models: list[ModelRef]) -> dict[str, tuple[str, ...]]:
     return classes
 
 
-def _text(scores: pa.Table) -> str:
-    """Formats an experiment as text: every metric of each labeler, alongside the trivial baselines."""
+def _text(scores: pa.Table, failed: Mapping[str, Sequence[str]]) -> str:
+    """Formats an experiment as text: every metric of each labeler, alongside the trivial baselines.
+
+    Metrics that fail a test of scores are marked with its name.
+    """
     lines: dict[str, list[str]] = {}
     for row in scores.to_pylist():
         if " − " not in row["system"]:
             lines.setdefault(row["metric"], []).append(f"{row['system']} {row['value']:.3g}")
     title = scores["experiment"][0].as_py() if len(scores) else "no scores"
-    return "\n".join([title, *(f"  {metric}: {' · '.join(values)}" for metric, values in lines.items())])
+    return "\n".join(
+        [title, *(f"  {metric}{_mark(failed.get(metric))}: {' · '.join(values)}" for metric, values in lines.items())]
+    )
+
+
+def _mark(tests: Sequence[str] | None) -> str:
+    """What stands behind the name of a metric that fails tests."""
+    return f" (fails: {', '.join(tests)})" if tests else ""

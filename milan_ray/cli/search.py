@@ -36,6 +36,12 @@ def add(parser: argparse.ArgumentParser) -> None:
         help="rank by meaning: folder of a BERT-like language model, of CLIP or SigLIP, or the name of one in "
         "$MILAN_MODELS_DIR (alone: the MiniLM of milan-ray[minilm])",
     )
+    string(
+        parser,
+        "--verdicts-by",
+        "JUDGE",
+        "show the verdicts of this judge (--clip of jobs.score), and the units with supported descriptions first",
+    )
     integer(parser, "--top", 50, "units at most; 0 for all", least=None)
     string(parser, "--parquet", "FILE", "write a Parquet file instead")
     options.add_to(parser, options.plugins, options.storage)
@@ -46,16 +52,19 @@ def run(args: argparse.Namespace) -> int:
     """Runs the subcommand; returns the exit status."""
     from milan_ray.plugins import load_plugins
     from milan_ray.scoring.search import scan_descriptions, search_descriptions
+    from milan_ray.scoring.supported import verdicts_by
 
     load_plugins(args.plugin)
     if args.parquet:
         refuse(args, ["json"], "with --parquet", "leave out --parquet")
-    frame = scan_descriptions(open_storage(args), args.model, args.layers, args.labeler, leave_out=True)
+    storage = open_storage(args)
+    verdicts = None if args.verdicts_by is None else verdicts_by(storage, args.verdicts_by)
+    frame = scan_descriptions(storage, args.model, args.layers, args.labeler, leave_out=True)
     model = None
     if args.semantic is not None:
         model = text_model(args.semantic)
     top = None if args.top < 1 else args.top
-    units = search_descriptions(frame, args.query, model=model, any_word=args.any, top=top)
+    units = search_descriptions(frame, args.query, model=model, any_word=args.any, top=top, verdicts=verdicts)
     if args.parquet:
         _write(units, absolute("--parquet", args.parquet))
     elif args.json:
@@ -95,7 +104,7 @@ def _write(units: pl.DataFrame, path: str) -> None:
 
 def table(units: pl.DataFrame) -> str:
     """Formats search results as columns of text."""
-    columns: tuple[str, ...] = ("relevance", "model", "layer", "unit", "labeler", "description")
+    columns: tuple[str, ...] = ("relevance", "verdict", "model", "layer", "unit", "labeler", "description")
     columns = tuple(name for name in columns if name in units.columns)
     rows = [[f"{row['relevance']:.3f}", *(str(row[name]) for name in columns[1:])] for row in units.to_dicts()]
     widths = [max(map(len, cells)) for cells in zip(columns, *rows, strict=True)]

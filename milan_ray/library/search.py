@@ -7,11 +7,13 @@ from collections.abc import Sequence
 
 import polars as pl
 
+from milan_ray.errors import MilanError
 from milan_ray.labelers.milan import MILAN
 from milan_ray.models.sentences import load_text_model
 from milan_ray.scoring.comparable import same_features
 from milan_ray.scoring.differences import Difference, diff_descriptions
 from milan_ray.scoring.search import scan_descriptions, search_descriptions
+from milan_ray.scoring.supported import verdicts_by as read_verdicts
 from milan_ray.storage import Storage
 
 Descriptions = str | os.PathLike[str] | Storage | pl.LazyFrame | pl.DataFrame
@@ -28,6 +30,7 @@ def search(
     text_model: str | os.PathLike[str] | None = None,
     any_word: bool = False,
     top: int | None = None,
+    verdicts_by: str | None = None,
 ) -> pl.DataFrame:
     """Finds the units whose descriptions match a query, the best first (docs/search.md).
 
@@ -40,16 +43,23 @@ def search(
         text_model: Rank by meaning instead: folder of CLIP or SigLIP, or of a BERT-like language model.
         any_word: One of the words suffices.
         top: Rows at most; None for all.
+        verdicts_by: Judge whose verdicts rank before relevance, supported descriptions first; of a run directory only.
 
     Returns:
-        Columns relevance, mentions, labeler, model, layer, unit, description, score; of a frame, its own columns.
+        Columns relevance, mentions, labeler, model, layer, unit, description, score; of a frame, its own columns. With
+        ``verdicts_by`` also verdict.
 
     Raises:
         MilanError: There are no such descriptions, there is no word in the query, or no such model.
     """
     meaning = None if text_model is None else load_text_model(os.fspath(text_model))
     frame = _descriptions(source, models, layers, labelers, leave_out=True)
-    return search_descriptions(frame, query, model=meaning, any_word=any_word, top=top)
+    verdicts = None
+    if verdicts_by is not None:
+        if isinstance(source, (pl.LazyFrame, pl.DataFrame)):
+            raise MilanError("verdicts are tables of a run directory: give one instead of a frame, or no verdicts_by.")
+        verdicts = read_verdicts(source if isinstance(source, Storage) else Storage(source), verdicts_by)
+    return search_descriptions(frame, query, model=meaning, any_word=any_word, top=top, verdicts=verdicts)
 
 
 def diff(

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import shutil
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -24,9 +24,20 @@ from milan_ray.exemplars.ties import Ties, ties_of_tables
 from milan_ray.progress import say
 from milan_ray.report.effects import read_effects
 from milan_ray.report.images import image_folder, image_source, write_masks
+from milan_ray.report.judged import OF_EXEMPLARS, failing_scores, scores_of, verdicts_of
 from milan_ray.report.nearest import mean_features, nearest
 from milan_ray.report.pages import Pages, Row, short, slug, write_script
-from milan_ray.schema import ANNOTATIONS, DESCRIPTIONS, ENCODINGS, EXEMPLARS, LEVELS, MANIFEST, UNIT_SCORES, Table
+from milan_ray.schema import (
+    ANNOTATIONS,
+    DESCRIPTIONS,
+    ENCODINGS,
+    EXEMPLARS,
+    LEVELS,
+    MANIFEST,
+    UNIT_SCORES,
+    VERDICTS,
+    Table,
+)
 from milan_ray.storage import CONFIG_KEY, EXEMPLARS_KEY, Storage
 
 PAGE_SIZE = 40
@@ -40,7 +51,6 @@ _MOST_SAID = 5
 _NEAREST = 8
 _N_BEST = 10
 _MASKS = 1  # version of the output of mask_strip
-_OWN, _OF_EXEMPLARS = "own", "exemplars"  # names in table unit_scores
 
 
 @dataclass(frozen=True)
@@ -53,6 +63,8 @@ class Sources:
         annotations: Sources of annotations.
         encodings: (model, layer) → encoders that have encoded its exemplars.
         scores: (model, layer) → partitions of unit_scores.
+        verdicts: (model, layer) → partitions of verdicts.
+        failing: Metric → tests of scores that it fails on a probe of this storage.
         left_out: Records which damaged tables are not shown.
     """
 
@@ -61,18 +73,29 @@ class Sources:
     annotations: tuple[str, ...]
     encodings: dict[tuple[str, str], list[str]]
     scores: dict[tuple[str, str], list[dict[str, str]]]
+    verdicts: dict[tuple[str, str], list[dict[str, str]]]
+    failing: dict[str, list[str]]
     left_out: LeftOut
 
     @classmethod
     def find(cls, storage: Storage, labelers: Sequence[str], left_out: LeftOut) -> Sources:
         """Lists the tables of the run directory once for all layers."""
-        encodings, scores = defaultdict(list), defaultdict(list)
+        encodings, scores, verdicts = (defaultdict(list) for _ in range(3))
         for keys in storage.partitions(ENCODINGS):
             encodings[keys["model"], keys["layer"]].append(keys["encoder"])
         for keys in storage.partitions(UNIT_SCORES):
             scores[keys["model"], keys["layer"]].append(keys)
+        for keys in storage.partitions(VERDICTS):
+            verdicts[keys["model"], keys["layer"]].append(keys)
         annotations = sorted({keys["source"] for keys in storage.partitions(ANNOTATIONS)})
-        return cls(storage, tuple(labelers), tuple(annotations), dict(encodings), dict(scores), left_out)
+        shared = (storage, tuple(labelers), tuple(annotations))
+        failed = failing_scores(storage, left_out)
+        return cls(*shared, dict(encodings), dict(scores), dict(verdicts), failed, left_out)
+
+    def shown(self, partitions: Sequence[dict[str, str]]) -> list[dict[str, str]]:
+        """The partitions of shown labelers, in their order, and then those of exemplars."""
+        judged = (*self.labelers, OF_EXEMPLARS)
+        return sorted((at for at in partitions if at["labeler"] in judged), key=lambda at: judged.index(at["labeler"]))
 
     def rows(self, table: Table, **keys: str) -> pa.Table:
         """Reads a partition's rows by :func:`read_rows`; returns none if the partition is damaged."""
@@ -172,6 +195,7 @@ class _Layer:
     annotations: list[_ByUnit]
     scores: dict[tuple[str, str], _ByUnit]  # (predictor, labeler) → rows
     effects: dict[int, Row]
+    verdicts: dict[tuple[str, str], _ByUnit]  # the same of verdicts
     first: list[int | None] = field(default_factory=list)
     texts: dict[str, int] = field(default_factory=dict)  # description → number
     labels: list[list[int]] = field(default_factory=list)  # per labeler and unit, a number from texts, or −1
@@ -183,9 +207,7 @@ class _Layer:
         storage, keys = sources.storage, {"model": model, "layer": layer}
         columns = [column.name for column in EXEMPLARS.columns if column.name not in ("model", "layer", "mask")]
         descriptions = {name: sources.rows(DESCRIPTIONS, labeler=name, **keys) for name in sources.labelers}
-        judged = (*sources.labelers, _OF_EXEMPLARS)
-        shown = [at for at in sources.scores.get((model, layer), []) if at["labeler"] in judged]
-        shown.sort(key=lambda at: judged.index(at["labeler"]))
+        shown, judged = (sources.shown(at.get((model, layer), [])) for at in (sources.scores, sources.verdicts))
         annotations = [sources.rows(ANNOTATIONS, source=source, **keys) for source in sources.annotations]
         exemplars, levels = storage.read(EXEMPLARS, columns, **keys), sources.rows(LEVELS, **keys)
         metadata = storage.metadata(EXEMPLARS, **keys) or {}
@@ -201,7 +223,12 @@ class _Layer:
             annotations=[_ByUnit(table) for table in annotations if len(table)],
             scores={(at["predictor"], at["labeler"]): _ByUnit(sources.rows(UNIT_SCORES, **at)) for at in shown},
             effects=sources.left_out.unless_damaged(partial(read_effects, storage, model, layer, metadata), {}),
+            verdicts={(at["predictor"], at["labeler"]): _ByUnit(sources.rows(VERDICTS, **at)) for at in judged},
         )
+
+    @property
+    def failing(self) -> dict[str, list[str]]:
+        return self.sources.failing
 
     @property
     def keys(self) -> dict[str, str]:
@@ -296,7 +323,7 @@ def write_layer(
             shown.update(card["images"])
         write_script(folder / "cards" / f"{number}.js", "milan.cards", content.href, number, cards)
     if content.stale:
-        say(f"report: left out {content.stale} scores of {model} {layer}: they are of earlier descriptions")
+        say(f"report: left out {content.stale} scores and verdicts on earlier descriptions of {model} {layer}")
     columns = {key: column for key, column in content.columns.items() if any(v is not None for v in column["values"])}
     write_script(
         folder / "units.js",
@@ -369,6 +396,7 @@ def _cards(
     labels = {name: rows.rows(units) for name, rows in layer.descriptions.items()}
     annotations = [table.rows(units) for table in layer.annotations]
     scores = {key: rows.rows(units) for key, rows in layer.scores.items()}
+    verdicts = {key: rows.rows(units) for key, rows in layer.verdicts.items()}
     for place, unit in enumerate(units, start):
         put = partial(_put, layer.columns, total, place)
         mine = exemplars.get(unit, [])
@@ -394,8 +422,9 @@ def _cards(
             "annotations": [
                 [row["text"], row["annotator"], row["source"]] for table in annotations for row in table.get(unit, [])
             ],
-            "scores": list(_scores(layer, unit, scores, current, put)),
             "effect": effect,
+            "scores": list(scores_of(layer, unit, scores, current, put)),
+            "verdicts": list(verdicts_of(layer, unit, verdicts, current, put)),
             "near": near.get(unit, []),
         }
 
@@ -412,38 +441,6 @@ def _label(row: Row) -> Row:
         **{name: short(row[name]) for name in (*figures, "lam")},
         "best": [[best["text"], *(short(best[name]) for name in figures)] for best in (row["n_best"] or [])[:_N_BEST]],
     }
-
-
-def _scores(
-    layer: _Layer,
-    unit: int,
-    scores: dict[tuple[str, str], dict[int, list[Row]]],
-    labels: Sequence[Row | None],
-    put: Callable[[str, str, float | None], None],
-) -> Iterator[Row]:
-    """Yields a unit's scores per judge, labeler and metric, if the scored description is the current one."""
-    now = dict(zip(layer.descriptions, labels, strict=True))
-    for (predictor, labeler), rows in scores.items():
-        metrics: dict[str, dict[str, Row]] = defaultdict(dict)
-        for row in rows.get(unit, []):
-            metrics[row["metric"]][row["system"]] = row
-        for metric, systems in metrics.items():
-            own = systems.get(_OWN)
-            label = now.get(labeler)
-            if own is None:
-                continue
-            if labeler != _OF_EXEMPLARS and own["description"] != (label["text"] if label else None):
-                layer.stale += 1
-                continue
-            who = "" if labeler == _OF_EXEMPLARS or len(now) == 1 else f"{labeler}: "
-            put(f"{predictor} {labeler} {metric}", f"{who}{metric} ({predictor})", own["value"])
-            yield {
-                "judge": predictor,
-                "labeler": labeler,
-                "metric": metric,
-                "images": own["images"],
-                **{system: short(row["value"]) for system, row in systems.items()},
-            }
 
 
 def _summary(layer: _Layer, units: Sequence[int], columns: dict[str, str]) -> LayerSummary:

@@ -16,6 +16,12 @@ TEMPLATES = Path(__file__).parent / "templates"
 ASSETS = ("report.css", "report.js", "browse.js", "unit.js", "difference.js")
 """Files next to the overview that all pages share."""
 
+VERDICT_ORDER = ("nothing to describe", "unsupported", "partly", "supported")
+"""Verdicts by the number that stands for them in a column, so that the highest first are the supported ones."""
+
+VERDICT_SUFFIX = " verdict"
+"""End of the key of a column of verdicts."""
+
 _DIGITS = 6
 
 Row = dict[str, Any]
@@ -38,6 +44,8 @@ class Pages:
             lstrip_blocks=True,
         )
         self._env.filters["num"] = number
+        self._env.globals["verdict_order"] = VERDICT_ORDER
+        self._env.tests["verdict_column"] = lambda key: key.endswith(VERDICT_SUFFIX)
 
     def write(self, template: str, path: Path, *, root: str, **context: Any) -> None:
         """Writes a page.

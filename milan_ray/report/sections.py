@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from milan_ray.errors import DamagedTable
 from milan_ray.progress import say
+from milan_ray.report.judged import failure
 from milan_ray.report.layers import LayerSummary, Sources
 from milan_ray.report.pages import Pages, Row, slug, write_script
 from milan_ray.schema import ABLATIONS, CHANGES, DIFFERENCES, FIGURE, RUNS, SCORES, SKIPPED, TABLES, TRIALS, Table
@@ -46,8 +47,13 @@ class Figure:
     model: str | None
 
 
-def evaluations(rows: Sequence[Row]) -> list[Row]:
-    """Arranges scores as one table per experiment, with a row per system and a column per metric."""
+def evaluations(rows: Sequence[Row], failing: Mapping[str, Sequence[str]]) -> list[Row]:
+    """Arranges scores as one table per experiment, with a row per system and a column per metric.
+
+    Args:
+        rows: Rows of schema SCORES.
+        failing: Metric → tests of scores that it fails; its name says so.
+    """
     tables = []
     for experiment in dict.fromkeys(row["experiment"] for row in rows):
         cells = {(row["system"], row["metric"]): row for row in rows if row["experiment"] == experiment}
@@ -66,7 +72,7 @@ def evaluations(rows: Sequence[Row]) -> list[Row]:
             {
                 "name": experiment,
                 "model": experiment.rpartition(": ")[2] if ": " in experiment else None,
-                "metrics": metrics,
+                "metrics": [f"{metric}{failure(failing.get(metric))}" for metric in metrics],
                 "rows": [(system, [cells.get((system, metric)) for metric in metrics]) for system in systems],
                 "n": counts.pop() if len(counts) == 1 else None,
                 "notes": notes,

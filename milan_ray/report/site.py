@@ -137,7 +137,7 @@ def _write_overview(
 ) -> None:
     """Writes the models' pages and the overview; sections about a single model go to that model's page."""
     models = {model: list(of) for model, of in groupby(layers, key=lambda layer: layer.model)}
-    tables = evaluations(sources.all_rows(SCORES) if scores is None else scores.to_pylist())
+    tables = evaluations(sources.all_rows(SCORES) if scores is None else scores.to_pylist(), sources.failing)
     plots = figures(sources.storage, out)
     pairs = differences(out, pages, sources, layers)
     unusable, ran = skipped(sources, list(models)), provenance(sources, list(models))

@@ -29,6 +29,7 @@ from milan_ray.schema.operations import (
     UNIT_SCORES,
 )
 from milan_ray.schema.table import Column, Table
+from milan_ray.schema.verdicts import CALIBRATIONS, VERDICTS
 
 TABLES: tuple[Table, ...] = (
     MANIFEST,
@@ -48,6 +49,8 @@ TABLES: tuple[Table, ...] = (
     RUNS,
     SCORES,
     UNIT_SCORES,
+    VERDICTS,
+    CALIBRATIONS,
     TRIALS,
     DECODER_TRIALS,
     DIFFERENCES,
@@ -73,6 +76,7 @@ __all__ = [
     "ANNOTATION_STATISTICS",
     "AUDITED",
     "AUDITS",
+    "CALIBRATIONS",
     "CANDIDATES",
     "CHANGES",
     "CLAIMS",
@@ -105,6 +109,7 @@ __all__ = [
     "TRIALS_FIGURE",
     "TRIALS_SETTING",
     "UNIT_SCORES",
+    "VERDICTS",
     "VIEWS",
     "Column",
     "Table",

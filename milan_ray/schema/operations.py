@@ -11,8 +11,8 @@ RUNS = Table(
         Column(
             "stage",
             pa.string(),
-            "exemplars, pooled, encodings, candidates, image_embeddings, scores, cosy, training, tuning, import, or a "
-            "labeler whose labels are a stage's work",
+            "exemplars, pooled, encodings, candidates, image_embeddings, scores, verdicts, cosy, training, tuning, "
+            "import, or a labeler whose labels are a stage's work",
         ),
         Column("run", pa.string(), "configuration hash of what was made: of the table's partition, where it is one"),
         Column("model", pa.string(), "registered name of the model; for training, name of the captioner"),

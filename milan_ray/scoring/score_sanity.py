@@ -9,7 +9,8 @@ Source: the sanity tests of Oikarinen et al., *Evaluating neuron explanations: a
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -25,6 +26,12 @@ LEAST = 1e-3
 """Relative decrease above which a score counts as lower; random variation is smaller."""
 
 MISSING, EXTRA = "missing labels", "extra labels"
+
+JUDGED = "scores judged by supported descriptions:"
+"""Beginning of the names of experiments that judge scores on a layer's supported descriptions."""
+
+PASSES = 0.75
+"""Share of units whose score has to fall for a score to pass a test: halfway from chance, .5, to always."""
 
 
 def missing_labels(shown: np.ndarray, rng: np.random.Generator) -> np.ndarray:
@@ -118,3 +125,19 @@ def sanity(
             note = "share of units whose score falls when the true labels are made worse; 1 is a score that sees it"
             rows.append((system, metric, interval(unit_values(falls), ratio, counts), len(units), note))
     return score_table(experiment, rows)
+
+
+def failing(rows: Iterable[Mapping[str, Any]]) -> dict[str, list[str]]:
+    """Finds the scores that fail a test: they fall for less than :data:`PASSES` of the units.
+
+    Args:
+        rows: Rows of experiments of :func:`sanity`, of schema SCORES.
+
+    Returns:
+        Metric → the tests that it fails in any of the experiments.
+    """
+    failed: dict[str, set[str]] = {}
+    for row in rows:
+        if row["system"] in (MISSING, EXTRA) and row["value"] < PASSES:
+            failed.setdefault(row["metric"], set()).add(row["system"])
+    return {metric: sorted(tests, reverse=True) for metric, tests in failed.items()}

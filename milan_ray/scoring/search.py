@@ -19,6 +19,7 @@ from milan_ray.damaged import LeftOut
 from milan_ray.errors import DamagedTable, MilanError, unknown_name
 from milan_ray.progress import Progress, say
 from milan_ray.schema import DESCRIPTIONS, EXEMPLARS
+from milan_ray.scoring.supported import with_verdicts
 from milan_ray.scoring.words import parse, pattern, spoken, vocabulary_of, words_of
 from milan_ray.storage import CONFIG_KEY, EXEMPLARS_KEY, Storage
 
@@ -121,6 +122,7 @@ def search_descriptions(
     model: EmbedsTexts | None = None,
     any_word: bool = False,
     top: int | None = None,
+    verdicts: pl.DataFrame | None = None,
 ) -> pl.DataFrame:
     """Finds the units whose descriptions match a query, the best first.
 
@@ -135,9 +137,12 @@ def search_descriptions(
         model: Embeds texts; None searches by words.
         any_word: Accept descriptions with any of the words, instead of all.
         top: Maximum number of rows; None for all, which is every unit in a search by meaning.
+        verdicts: Rank by these before relevance (:func:`~milan_ray.scoring.supported.verdicts_by`), supported
+            descriptions first; None ranks by relevance. The descriptions then need columns labeler, model, layer, unit.
 
     Returns:
-        ``relevance`` (BM25 or cosine), ``mentions`` (whether the words occur), then the given columns.
+        ``relevance`` (BM25 or cosine), ``mentions`` (whether the words occur), then the given columns; with
+        ``verdicts`` also ``verdict``.
 
     Raises:
         MilanError: The query has no words.
@@ -162,7 +167,7 @@ def search_descriptions(
     if model is None:
         matches = matches.filter("mentions")
     matches = matches.sort("relevance", "description", descending=[True, False])
-    if top is not None:
+    if top is not None and verdicts is None:
         before = pl.col("units").cum_sum().shift(1, fill_value=0)
         matches = matches.filter(before < top)  # keeps only texts that can be among the first rows
     names = lazy.collect_schema().names()
@@ -174,6 +179,9 @@ def search_descriptions(
         layers = lazy.select(keys).unique(maintain_order=True).collect(engine="streaming").with_row_index("place")
         rows = rows.join(layers, on=keys, how="left")
         order[order.index("layer")] = "place"
+    if verdicts is not None:
+        rows = with_verdicts(rows, verdicts)
+        order, names = ["rank", *order], [*names, "verdict"]
     rows = rows.sort(order, descending=[name in ("relevance", "score") for name in order], nulls_last=True)
     return rows.select("relevance", "mentions", *names).head(len(rows) if top is None else top)
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict
+from typing import TYPE_CHECKING
 
 import polars as pl
 import pyarrow as pa
@@ -13,8 +15,12 @@ from milan_ray.engine.stage import Known
 from milan_ray.errors import MilanError
 from milan_ray.models.registry import ModelSpec
 from milan_ray.schema import ANNOTATIONS, DESCRIPTIONS, Table
+from milan_ray.scoring.supported import only_supported, verdicts_config
 from milan_ray.scoring.text import normalize
 from milan_ray.storage import Storage
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
 
 Unit = tuple[str, str, int]
 """(model, layer, unit)."""
@@ -63,13 +69,54 @@ def descriptions_of(known: Known, model: str, layers: Sequence[str], labeler: st
     return {layer: known.config(DESCRIPTIONS, labeler=labeler, model=model, layer=layer) for layer in layers}
 
 
-def read_descriptions(storage: Storage, model: str, layers: Sequence[str], labeler: str) -> pl.DataFrame:
-    """Columns layer, unit, description of some layers, in their order and by number of the unit."""
+def read_descriptions(
+    storage: Storage, model: str, layers: Sequence[str], labeler: str, supported_by: str | None = None
+) -> pl.DataFrame:
+    """Columns layer, unit, description of some layers, in their order and by number of the unit.
+
+    Args:
+        storage: The run directory.
+        model: The model.
+        layers: Its layers.
+        labeler: The labeler.
+        supported_by: Only descriptions that this judge supports; None for all.
+
+    Raises:
+        MilanError: There are no verdicts by the judge, or none that supports a description.
+    """
     columns = ["layer", "unit", "description"]
-    return pl.concat(
+    units = pl.concat(
         read_frame(storage, DESCRIPTIONS, columns, labeler=labeler, model=model, layer=layer).sort("unit")
         for layer in layers
     )
+    return units if supported_by is None else only_supported(storage, units, supported_by, labeler, model)
+
+
+def supported_inputs(
+    storage: Storage, supported_by: str | None, labeler: str, models: Mapping[str, Sequence[str]]
+) -> dict[str, object]:
+    """The verdicts' part of a study's fingerprint; empty without a judge, as in earlier versions.
+
+    Args:
+        storage: The run directory.
+        supported_by: The judge.
+        labeler: The labeler.
+        models: Model → layers.
+
+    Raises:
+        MilanError: There are no verdicts by the judge.
+    """
+    if supported_by is None:
+        return {}
+    verdicts = {
+        model: verdicts_config(storage, supported_by, labeler, model, layers) for model, layers in models.items()
+    }
+    return {"supported": {"judge": supported_by, "verdicts": verdicts}}
+
+
+def settings(config: DataclassInstance) -> dict[str, object]:
+    """Settings of a study for its fingerprint, without the judge of verdicts (:func:`supported_inputs` has it)."""
+    return {name: value for name, value in asdict(config).items() if name != "supported_by"}
 
 
 def read_annotations(

@@ -40,6 +40,7 @@ from milan_ray.schema import (
     TRAINING,
     TRIALS,
     UNIT_SCORES,
+    VERDICTS,
     Table,
 )
 from milan_ray.stages import embeddings
@@ -277,7 +278,7 @@ def stages(photos, save_clip, tmp_path_factory) -> dict[str, dict[str, Stage]]:
         "dissected": Stage(look, exemplars),
         "labels": Stage(explain, {DESCRIPTIONS: ""}),
         "clip-dissect": Stage(name, {DESCRIPTIONS: ""}),
-        "scores": Stage(score, {UNIT_SCORES: "scores"}),
+        "scores": Stage(score, {UNIT_SCORES: "scores", VERDICTS: "verdicts"}),
         "cosy": Stage(draw, {}),
     }
     scenes = {"dissected": Stage(watch, exemplars), "dnd": Stage(draw_scenes, {DRAWINGS: "dnd"})}

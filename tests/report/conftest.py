@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import polars as pl
 import pytest
+from judged import judge
 from PIL import Image
 
 from milan_ray.report import write_report
@@ -118,6 +119,14 @@ def write_scores_of_units(storage: Storage) -> None:
     )
 
 
+def write_verdicts(storage: Storage) -> None:
+    """Verdicts on milan's descriptions in the first layer: every fourth is supported; unit 5's is an earlier one."""
+    kinds = ("supported", "partly", "unsupported", "nothing to describe")
+    texts = ["earlier" if unit == 5 else describe(unit) for unit in range(UNITS - 1)]
+    keys = {"labeler": "milan", "model": MODEL, "layer": LAYERS[0]}
+    judge(storage, keys, texts, [kinds[unit % 4] for unit in range(UNITS - 1)])
+
+
 def write_encodings(storage: Storage) -> None:
     """Features on a circle, unit after unit: neighbours are the numbers before and behind."""
     angles = 2 * np.pi * np.arange(UNITS) / UNITS
@@ -190,6 +199,7 @@ def full_storage(tmp_path_factory: pytest.TempPathFactory) -> Storage:
     manifest = [(image_id, *file) for image_id, file in enumerate(files)]
     storage.write(MANIFEST, MANIFEST.table(rows(MANIFEST, manifest)), "a1b2", probe="p1")
     write_scores_of_units(storage)
+    write_verdicts(storage)
     write_encodings(storage)
     write(storage, SKIPPED, [(MODEL, 6, "/data/<i>.jpg", "truncated file")])
     versions = '{"milan_ray":"0.1.0"}'

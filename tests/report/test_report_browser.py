@@ -239,6 +239,31 @@ def test_layer_filters_by_words_labeler_and_score(page: Chrome, site: Path) -> N
     assert page.find_element(By.NAME, "high").get_attribute("value") == "0.6"
 
 
+def test_layer_filters_and_sorts_by_verdict(page: Chrome, site: Path) -> None:
+    fresh(page, described(site))
+    choose(page, "verdict", "3 judge milan verdict")
+    status(page, "23 of 91 units")
+    assert cards(page)[:3] == [0, 4, 8]
+    facts = page.find_element(By.CSS_SELECTOR, ".card .facts").text.replace("\n", " ")
+    assert "verdict (judge) supported" in facts
+    choose(page, "verdict", "0 judge milan verdict")
+    status(page, "22 of 91 units")
+    fresh(page, page.current_url)  # whoever opens the address sees the same
+    status(page, "22 of 91 units")
+    choose(page, "verdict", "")
+    choose(page, "sort", "judge milan verdict")
+    wait(page, "document.querySelectorAll('.cards .card').length === 40")
+    assert cards(page)[:2] == [0, 4] and cards(page)[23] == 1  # partly supported ones follow
+
+
+def test_unit_page_shows_verdicts_with_their_reason(page: Chrome, site: Path) -> None:
+    fresh(page, f"{described(site)}#unit-9")
+    wait(page, "document.querySelectorAll('#unit .name').length === 3")
+    rows = [row.text for row in page.find_elements(By.CSS_SELECTOR, "#unit tr")]
+    assert "partly milan judge 0.09 0.81 supported unsupported" in rows
+    assert "milan, judge: by hand." in page.find_element(By.ID, "unit").text
+
+
 def test_layer_filter_shows_hostile_text_as_text(page: Chrome, site: Path, hostile: str) -> None:
     fresh(page, described(site))
     title = page.title

@@ -212,6 +212,21 @@ def test_report_scores_of_an_earlier_description_are_left_out(site: Path) -> Non
     assert simulation["values"][4:7] == [0.04, None, 0.06] and len(simulation["values"]) == 91
 
 
+def test_report_cards_have_verdicts_beside_those_of_trivial_baselines(site: Path) -> None:
+    folder = described(site)
+    (verdict,) = cards_of(folder)[9]["verdicts"]
+    assert verdict == {
+        **{"judge": "judge", "labeler": "milan", "reason": "by hand", "verdict": "partly", "q": 0.09, "p": None},
+        **{"score": 0.41, "others": None, "probability": 0.81, "shuffled": "supported", "constant": "unsupported"},
+    }
+    assert cards_of(folder)[5]["verdicts"] == []  # it was given on an earlier description
+    (layer,) = data(folder / "units.js")
+    column = layer["columns"]["judge milan verdict"]
+    assert column["name"] == "milan: verdict (judge)" and column["values"][:6] == [3, 2, 1, 0, 3, None]
+    page = Page(folder / "index.html")
+    assert ("option", {"value": "3 judge milan verdict"}) in page.tags and "nothing to describe" in page.text
+
+
 def test_report_images_are_stored_once(site: Path) -> None:
     assert len(list(site.rglob("*.jpg"))) == 6
     assert len(list(site.glob("layers/*/*/masks-*/*.png"))) == 2 * 90

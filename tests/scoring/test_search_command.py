@@ -8,9 +8,11 @@ from typing import Any
 
 import polars as pl
 import pytest
+from judged import JUDGE, judge
 
 import milan_ray
 from milan_ray.cli import main
+from milan_ray.errors import MilanError
 from milan_ray.schema import DESCRIPTIONS
 from milan_ray.scoring.text import minilm_directory
 from milan_ray.storage import Storage
@@ -66,3 +68,30 @@ def test_diff_prints_words_and_units_and_stores_both(root: str, capsys) -> None:
 def test_unknown_networks_are_one_sentence(root: str, capsys) -> None:
     assert main(["diff", "net/plain", "net/blured", "--storage", root]) == 1
     assert "nearest: net/blurred" in capsys.readouterr().err
+
+
+def test_search_shows_supported_descriptions_first(tmp_path, capsys) -> None:
+    storage, keys = Storage(tmp_path / "run"), {"labeler": "milan", "model": "net", "layer": "conv"}
+    texts = ("dog", "dog", "a dog of some breed in a long sentence", "dog", "cat", "dog")
+    rows = [{**keys, "unit": u, "description": t, "score": 0.0, "n_best": []} for u, t in enumerate(texts)]
+    table = DESCRIPTIONS.table({c.name: [row.get(c.name) for row in rows] for c in DESCRIPTIONS.columns})
+    storage.write(DESCRIPTIONS, table, "d", **keys)
+    given = ["unsupported", "partly", "supported", "nothing to describe", "supported", "supported"]
+    judge(storage, keys, (*texts[:5], "earlier"), given)
+    options = ["search", "dog", "--storage", storage.root]
+    assert main([*options, "--json", "--verdicts-by", JUDGE, "--top", "4"]) == 0
+    found = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [(row["unit"], row["verdict"]) for row in found] == [
+        (2, "supported"), (1, "partly"), (5, "not judged"), (0, "unsupported"),
+    ]  # fmt: skip
+    assert main([*options, "--json"]) == 0
+    plain = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert plain[-1]["unit"] == 2 and "verdict" not in plain[0]
+    assert main([*options, "--verdicts-by", JUDGE]) == 0
+    assert "verdict" in (out := capsys.readouterr().out) and "nothing to describe  net" in out
+    assert main([*options, "--verdicts-by", "clip"]) == 1
+    assert f"no verdicts by clip: there are some by {JUDGE}" in capsys.readouterr().err
+    units = milan_ray.search(storage, "dog", verdicts_by=JUDGE)
+    assert units["unit"][0] == 2
+    with pytest.raises(MilanError, match="give one instead of a frame"):
+        milan_ray.search(units, "dog", verdicts_by=JUDGE)

@@ -281,7 +281,7 @@ def test_command_line_says_what_is_up_to_date_and_what_is_missing(storage, capsy
     assert "simulation: clip-dissect " in said and "· clip-dissect, shuffled" in said and "cosy-auc: " in said
     planned = [*options, "--clip", "flags/truth", *DRAW, "--dry-run"]
     assert cli.main(planned) == 0
-    assert capsys.readouterr().out == "0 tables would be made, 4 are up to date; nothing was done.\n"
+    assert capsys.readouterr().out == "0 tables would be made, 6 are up to date; nothing was done.\n"
     assert cli.main([*planned, "--prompt", "{}", "--json"]) == 0
     (due,) = json.loads(capsys.readouterr().out)["planned"]
     assert due["keys"] == ["flags/fields", "clip-dissect", "flags/watcher", "seen"] and due["reason"] == "cosy changed"

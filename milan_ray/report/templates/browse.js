@@ -3,7 +3,7 @@
 // # of the address, so that going back, reloading and sharing a place all work without a server.
 (() => {
   const { $, $$, layerAt, cardOf, number, count, matcher, spoken, element, facts, exemplars, item, unitLink, link, labelOf, shownText, say, complain, pagers } = milan;
-  const NAMES = ["words", "layer", "by", "sort", "order", "column", "low", "high"];
+  const NAMES = ["words", "layer", "by", "verdict", "sort", "order", "column", "low", "high"];
 
   // The words of a unit, its number among them: by one labeler, or by all.
   const textsOf = (layer, by) => {
@@ -28,7 +28,11 @@
       if (state.layer && layer.href !== state.layer) continue;
       const texts = textsOf(layer, state.by);
       const values = low === null && high === null ? null : layer.columns[state.column]?.values ?? [];
+      // A verdict is a number in a column: "3 world/truth milan verdict".
+      const [, wanted, key] = /^(\d) (.*)$/.exec(state.verdict) ?? [];
+      const given = key ? layer.columns[key]?.values ?? [] : null;
       for (let place = 0; place < layer.units.length; place += 1) {
+        if (given && given[place] !== Number(wanted)) continue;
         if (values) {
           const value = values[place] ?? null;
           if (value === null || (low !== null && value < low) || (high !== null && value > high)) continue;
@@ -65,6 +69,7 @@
           card.level && ["level η", number(card.level[0])],
           card.level && card.level[2] && ["NaN or infinite activations", number(card.level[2]), "warning"],
           card.doubt && [...card.doubt, "warning"],
+          ...card.verdicts.filter((one) => one.labeler === layer.labelers[by]).map((one) => [`verdict (${one.judge})`, one.verdict, one.verdict === "supported" ? "" : "warning"]),
           shown && [shown.name, number(shown.values[layer.places.get(card.unit)])],
         ])),
       exemplars(layer, card),

@@ -103,6 +103,10 @@
           labels.map(([name, label]) => [name, shownText(label.text), number(label.score)]), "labelers")) : null,
         card.annotations.length ? section("Annotated", element("ul.plain", {}, ...card.annotations.map(([text, who, source]) =>
           element("li", {}, text, " ", element("small", {}, `${who}, ${source}`))))) : null,
+        card.verdicts.length ? section("Verdicts", table(["verdict", "labeler", "judge", "q", "probability", "shuffled", "constant"],
+          card.verdicts.map((one) => [element("span", { title: one.reason }, one.verdict), one.labeler, one.judge, number(one.q), number(one.probability), one.shuffled ?? "–", one.constant ?? "–"])),
+          ...card.verdicts.map((one) => element("p.legend", {}, `${one.labeler}, ${one.judge}: ${one.reason}.`)),
+          element("p.legend", {}, "q: rate of false discoveries at which the description counts as better than shuffled ones of its layer. Shuffled, constant: the verdict on another unit's description, and on the most frequent one.")) : null,
         scores.length ? section("Scores", table(["measure", "labeler", "judge", "value", "shuffled", "constant", "images"], scores),
           element("p.legend", {}, "Shuffled: another unit's description in place of this one's; constant: the labeler's most frequent one. What is not above them says little.")) : null,
         card.effect ? effects(card.effect) : null,

@@ -10,7 +10,7 @@ from typing import Literal
 import numpy as np
 import pyarrow as pa
 
-from milan_ray.engine.stage import Output, piece_schema
+from milan_ray.engine.stage import Job, Output, piece_schema
 from milan_ray.errors import MilanError
 from milan_ray.exemplars.pooled import matrix
 from milan_ray.models.image_text import Embedder, ImageText
@@ -108,11 +108,15 @@ class Texts:
     def read(cls, storage: Storage, described: Described, seed: int) -> Texts:
         """Reads a labeler's descriptions; also shuffles them, and takes the most frequent one for all units."""
         table = storage.read(DESCRIPTIONS, ["unit", "description"], **described.keys)
-        own = table["description"].to_pylist()
+        return cls.of(table["unit"].to_pylist(), table["description"].to_pylist(), seed)
+
+    @classmethod
+    def of(cls, units: Sequence[int], own: Sequence[str], seed: int) -> Texts:
+        """Shuffles descriptions of units, and takes the most frequent one for all units."""
         counts = Counter(own)
         constant = min(counts, key=lambda text: (-counts[text], text)) if own else ""
         systems = {OWN: own, SHUFFLED: shuffled(own, seed), CONSTANT: [constant] * len(own)}
-        return cls(tuple(table["unit"].to_pylist()), {system: tuple(texts) for system, texts in systems.items()})
+        return cls(tuple(units), {system: tuple(texts) for system, texts in systems.items()})
 
     def every(self) -> set[str]:
         """The distinct descriptions."""
@@ -162,6 +166,17 @@ class UnitActivations:
         for column, unit in enumerate(units):
             use[:, column] &= ~np.isin(image_ids, images[of == unit])
         return cls(image_ids, activations, use)
+
+
+def begun(job: Job) -> list[int]:
+    """Numbers of the outputs that were due when the job began.
+
+    A job that goes on after a kill reads the descriptions of all of them, and so finds these very texts embedded.
+    """
+    due = [output.number for output in job.due]
+    if "due" not in job.storage.work_names(job.work):
+        job.storage.put_work(job.work, "due", pa.table({"number": due}))
+    return sorted({*due, *job.storage.get_work(job.work, "due")["number"].to_pylist()})
 
 
 def unit_scores(keys: Mapping[str, str], rows: pa.Table) -> pa.Table:

@@ -30,7 +30,7 @@ from milan_ray.engine.stage import (
 from milan_ray.engine.tasks import FEW_IMAGES
 from milan_ray.errors import MilanError
 from milan_ray.models.image_text import Embedder, ImageTextRef
-from milan_ray.schema import IMAGE_EMBEDDINGS, POOLED, UNIT_SCORES
+from milan_ray.schema import IMAGE_EMBEDDINGS, POOLED, UNIT_SCORES, VERDICTS
 from milan_ray.scoring.class_names import SIMILARITY, TOP1, class_scores
 from milan_ray.scoring.simulation import Moments, Sigmoid, average_precision, highest, retrieval
 from milan_ray.stages.embeddings import (
@@ -53,12 +53,14 @@ from milan_ray.stages.scores.inputs import (
     ScoreConfig,
     Texts,
     UnitActivations,
+    begun,
     unit_scores,
     units_of,
     upstream,
 )
 from milan_ray.stages.scores.sanity import Sanity, truth_of
-from milan_ray.stages.scores.summary import summarise
+from milan_ray.stages.scores.summary import summarise, summarise_verdicts
+from milan_ray.stages.scores.verdicts import Learning, verdict_stages
 from milan_ray.storage import Storage
 
 UNITS_PER_SHARD = 64
@@ -143,7 +145,7 @@ class Scores(ShardedStage):
         A last shard of a layer holds the scores by class names: they are a few products, which are made at once.
         """
         storage, config = job.storage, self._config
-        texts = {number: Texts.read(storage, self._described[number], config.seed) for number in _begun(job)}
+        texts = {number: Texts.read(storage, self._described[number], config.seed) for number in begun(job)}
         every = sorted(set().union(*(of_layer.every() for of_layer in texts.values())))
         embedded = text_embeddings(storage, every, self._ref, job.resources, self._plugins)
         vectors = dict(zip(every, embedded, strict=True))
@@ -173,17 +175,6 @@ class Scores(ShardedStage):
         return unit_scores(output.keys, pa.concat_tables([ROWS_SCHEMA.empty_table(), *pieces]))
 
 
-def _begun(job: Job) -> list[int]:
-    """Numbers of the outputs that were due when the job began.
-
-    A job that goes on after a kill reads the descriptions of all of them, and so finds these very texts embedded.
-    """
-    due = [output.number for output in job.due]
-    if "due" not in job.storage.work_names(job.work):
-        job.storage.put_work(job.work, "due", pa.table({"number": due}))
-    return sorted({*due, *job.storage.get_work(job.work, "due")["number"].to_pylist()})
-
-
 def score_stages(
     described: Sequence[Described],
     probe: references.ProbeRef,
@@ -191,8 +182,9 @@ def score_stages(
     config: ScoreConfig,
     classes: Classes | None = None,
     judged: Classes | None = None,
+    learning: Learning | None = None,
 ) -> list[RunnableStage]:
-    """The stages that score descriptions by a model of images and texts.
+    """The stages that score descriptions by a model of images and texts, and give them verdicts.
 
     Args:
         described: What to score.
@@ -201,6 +193,7 @@ def score_stages(
         config: How to score.
         classes: What each unit of a layer stands for, to compare descriptions with.
         judged: The same, for layers on which the scores themselves are judged.
+        learning: What the probabilities of verdicts are learned from in this job; None for what was learned earlier.
 
     Raises:
         MilanError: The model is missing, or scores are to be judged by a model.
@@ -208,6 +201,7 @@ def score_stages(
     images = ImageEmbeddings(ref, probe, None if judged is None else truth_of(ref, probe))
     scores = Scores(described, images, config, classes or {})
     stages: list[RunnableStage] = [images, scores, ExemplarScores(described, images)]
+    stages += verdict_stages(described, images, config, learning)
     return stages if judged is None else [*stages, Sanity(images, config, judged)]
 
 
@@ -223,11 +217,17 @@ def run_scores(
         resources: What of the cluster to use; Ray must be connected.
 
     Returns:
-        The experiments of table ``scores``: one per model, and those that judge scores.
+        The experiments of table ``scores``: scores and verdicts per model, and those that judge scores.
     """
     keys = [output.keys for output in run_stages(stages, storage, resources)]
-    scored = sorted({(of["predictor"], of["model"]) for of in keys if "predictor" in of})
-    summaries = [summarise(storage, predictor, model, config) for predictor, model in scored]
+    scored = sorted({(of["predictor"], of["model"]) for of in keys if {"predictor", "model"} <= {*of}})
+    summaries = [
+        summarise(storage, predictor, model, config)
+        for predictor, model in scored
+        if storage.partitions(UNIT_SCORES, predictor=predictor, model=model)
+    ]
+    judged = [pair for pair in scored if storage.partitions(VERDICTS, predictor=pair[0], model=pair[1])]
+    summaries += [summarise_verdicts(storage, predictor, model, config) for predictor, model in judged]
     return [*summaries, *(of["experiment"] for of in keys if "experiment" in of)]
 
 

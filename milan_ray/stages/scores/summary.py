@@ -6,10 +6,11 @@ import numpy as np
 import pyarrow as pa
 
 from milan_ray.config import config_hash
-from milan_ray.schema import SCORES, UNIT_SCORES
+from milan_ray.schema import SCORES, UNIT_SCORES, VERDICTS
 from milan_ray.scoring.bootstrap import difference, interval, ratio, resampling_counts
 from milan_ray.scoring.evaluation import CONSTANT, SHUFFLED, Row, score_table, unit_values
-from milan_ray.stages.scores.inputs import OWN, ScoreConfig
+from milan_ray.scoring.verdicts import VERDICTS as VERDICT_NAMES
+from milan_ray.stages.scores.inputs import OWN, SYSTEMS, ScoreConfig
 from milan_ray.storage import Storage
 
 READINGS = {
@@ -53,6 +54,33 @@ def summarise(storage: Storage, predictor: str, model: str, config: ScoreConfig)
         columns = ["layer", "unit", "system", "metric", "value"]
         tables = [storage.read(UNIT_SCORES, columns, **keys) for keys in partitions if keys["labeler"] == labeler]
         rows += _summary(labeler, pa.concat_tables(tables), config)
+    storage.write(SCORES, score_table(experiment, rows), fingerprint, experiment=experiment)
+    return experiment
+
+
+def summarise_verdicts(storage: Storage, predictor: str, model: str, config: ScoreConfig) -> str:
+    """Counts the verdicts on a model's descriptions by one predictor; returns the experiment.
+
+    Every share has its 95 % bootstrap interval over units, alongside that of the trivial baselines.
+    """
+    partitions = storage.partitions(VERDICTS, predictor=predictor, model=model)
+    hashes = [storage.config_of(VERDICTS, **keys) for keys in partitions]
+    experiment = f"verdicts by {predictor}: {model}"
+    fingerprint = config_hash({"verdicts": 1, "of": hashes, "seed": config.seed, "samples": config.samples})
+    if storage.is_current(SCORES, fingerprint, experiment=experiment):
+        return experiment
+    rows: list[Row] = []
+    for labeler in sorted({keys["labeler"] for keys in partitions}):
+        mine = [keys for keys in partitions if keys["labeler"] == labeler]
+        table = pa.concat_tables([storage.read(VERDICTS, ["system", "verdict"], **keys) for keys in mine])
+        systems, verdicts = (np.array(table[name].to_pylist()) for name in ("system", "verdict"))
+        for system in SYSTEMS if len(table) else ():
+            of_system = verdicts[systems == system]
+            counts = resampling_counts(len(of_system), config.samples, config.seed)
+            name = labeler if system == OWN else f"{labeler}, {system}"
+            for verdict in VERDICT_NAMES:
+                share = interval(unit_values(of_system == verdict), ratio, counts)
+                rows.append((name, verdict, share, len(of_system), _NOTES.get(system, f"share of units: {verdict}")))
     storage.write(SCORES, score_table(experiment, rows), fingerprint, experiment=experiment)
     return experiment
 

@@ -28,6 +28,8 @@ from milan_ray.studies.tables import (
     of_all_classes,
     read_descriptions,
     read_frame,
+    settings,
+    supported_inputs,
     write_frame,
 )
 
@@ -48,6 +50,7 @@ class AnalysisConfig:
             in the reference.
         matched: Criteria that are compared with as many random units of the same layers.
         split: Name of the images in the tables.
+        supported_by: Judge whose verdicts decide which descriptions are read: supported ones; None reads all.
     """
 
     labeler: str = "milan"
@@ -58,6 +61,7 @@ class AnalysisConfig:
     ties: int = 0
     matched: tuple[str, ...] = ()
     split: str = "validation"
+    supported_by: str | None = None
 
 
 @dataclass(frozen=True)
@@ -96,7 +100,10 @@ class Analysis(Stage):
                     "weights": weights_digest(spec.load()),
                     "probe": digest(references.probe(self.probe).manifest()),
                     "language": self.language,
-                    "analysis": self.config,
+                    "analysis": settings(self.config),
+                    **supported_inputs(
+                        known.storage, self.config.supported_by, self.config.labeler, {spec.name: layers}
+                    ),
                 }
             ),
         )
@@ -131,7 +138,7 @@ def _analyse(storage: Storage, study: Analysis, output: Output, nlp: Language, r
     """Makes all tables and the figure of an analysis."""
     config, fingerprint, keys = study.config, output.fingerprint, output.keys
     _, layers = described_model(storage, study.model, config.labeler)
-    units = read_descriptions(storage, output.model, layers, config.labeler)
+    units = read_descriptions(storage, output.model, layers, config.labeler, config.supported_by)
     scores = analysis.unit_scores(units, nlp, config.words)
     properties = analysis.layer_properties(scores)
     by_criterion = scores.unpivot(

@@ -19,10 +19,11 @@ from milan_ray.schema.audits import REJECT, REVIEW
 from milan_ray.scoring.comparable import comparable
 from milan_ray.scoring.evaluation import Row, score_table
 from milan_ray.scoring.search import descriptions_hash, scan_descriptions
+from milan_ray.scoring.supported import only_supported
 from milan_ray.storage import FILE_NAME, Storage
 from milan_ray.studies.auditing import statistics as auditing
 from milan_ray.studies.auditing.plot import plot_audit
-from milan_ray.studies.tables import frame_of, table_of, write_frame
+from milan_ray.studies.tables import frame_of, settings, supported_inputs, table_of, write_frame
 from milan_ray.textfiles import decode_text
 
 KERNEL_VERSION = "audit-1"
@@ -36,11 +37,13 @@ class AuditConfig:
         name: Name of the audit in the tables.
         words: Words, each as in a search (``face|person``), in any form.
         labeler: Labeler whose descriptions are read.
+        supported_by: Judge whose verdicts decide which descriptions are read: supported ones; None reads all.
     """
 
     name: str = "faces"
     words: tuple[str, ...] = auditing.FACE_WORDS
     labeler: str = "milan"
+    supported_by: str | None = None
 
     def __post_init__(self) -> None:
         checked_name("an audit", self.name, slashes=True)
@@ -144,6 +147,14 @@ def find_audit(storage: Storage, pairs: Sequence[auditing.Pair], config: AuditCo
     descriptions = scan_descriptions(storage, models, None, [config.labeler])
     every = descriptions.select("model", "layer", "unit", "description").collect().sort("model", "layer", "unit")
     every = comparable(every, models, "audit")
+    if config.supported_by is not None:
+        of_model = (every.filter(pl.col("model") == name) for name in models)
+        judged = (
+            only_supported(storage, some, config.supported_by, config.labeler, name)
+            for name, some in zip(models, of_model, strict=True)
+        )
+        every = pl.concat(judged).sort("model", "layer", "unit")
+    layers = {name: sorted({*every.filter(pl.col("model") == name)["layer"]}) for name in models}
     sizes = {name: int((every["model"] == name).sum()) for name in models}
     for model, other in pairs:
         if sizes[model] != sizes[other]:
@@ -163,11 +174,12 @@ def find_audit(storage: Storage, pairs: Sequence[auditing.Pair], config: AuditCo
     fingerprint = Fingerprint.of(
         {
             "kernel": KERNEL_VERSION,
-            "audit": config,
+            "audit": settings(config),
             "pairs": [list(pair) for pair in pairs],
             "descriptions": described,
             "units and verdicts": audited.rows(),
             "images": images,
+            **supported_inputs(storage, config.supported_by, config.labeler, layers),
         }
     )
     about = {"labeler": config.labeler, "words": ", ".join(config.words), "descriptions": described}

@@ -45,6 +45,8 @@ from milan_ray.studies.tables import (
     of_all_classes,
     read_descriptions,
     read_frame,
+    settings,
+    supported_inputs,
     write_frame,
 )
 
@@ -73,6 +75,7 @@ class EditingConfig:
         most: Maximum number of units removed.
         trials: Random orders.
         seed: Seed of the random orders.
+        supported_by: Judge whose verdicts decide which descriptions are read: supported ones; None reads all.
     """
 
     labeler: str = "milan"
@@ -80,6 +83,7 @@ class EditingConfig:
     most: int = editing.MOST
     trials: int = 5
     seed: int = 0
+    supported_by: str | None = None
 
 
 @dataclass(frozen=True)
@@ -156,7 +160,10 @@ class Editing(Stage):
                     "probes": {
                         split: digest(references.probe(probe).manifest()) for split, probe in self.probes.items()
                     },
-                    "editing": self.config,
+                    "editing": settings(self.config),
+                    **supported_inputs(
+                        known.storage, self.config.supported_by, self.config.labeler, {spec.name: layers}
+                    ),
                 }
             ),
         )
@@ -236,7 +243,7 @@ def unwanted_units(
     Raises:
         MilanError: No description contains them.
     """
-    units = read_descriptions(storage, model, layers, config.labeler)
+    units = read_descriptions(storage, model, layers, config.labeler, config.supported_by)
     places = editing.mentioning(units["description"].to_list(), config.words)
     if not len(places):
         raise MilanError(
