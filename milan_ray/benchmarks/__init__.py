@@ -1,7 +1,7 @@
 """Benchmarks of the stages against the bare computation that any implementation needs (BENCHMARKS.md)."""
 
 BENCHMARKS = (
-    "exemplars", "encode", "describe", "end-to-end", "features", "feeding", "gpu", "merge", "ray-overhead", "report",
-    "scale", "tune", "versions", "zoo",
+    "exemplars", "encode", "describe", "end-to-end", "features", "feeding", "gpu", "merge", "ratings", "ray-overhead",
+    "report", "scale", "tune", "versions", "zoo",
 )  # fmt: skip
 """Names of the benchmarks; each is implemented in the module of that name, with ``_`` for ``-``."""

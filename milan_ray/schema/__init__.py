@@ -27,6 +27,7 @@ from milan_ray.schema.operations import (
     TRIALS_SETTING,
     UNIT_SCORES,
 )
+from milan_ray.schema.ratings import RATED_SCORES, RATING_DRAWS, RATINGS
 from milan_ray.schema.table import Column, Table
 
 TABLES: tuple[Table, ...] = (
@@ -63,6 +64,9 @@ TABLES: tuple[Table, ...] = (
     AUDITS,
     AUDITED,
     FEATURES_FIT,
+    RATING_DRAWS,
+    RATINGS,
+    RATED_SCORES,
 )
 
 __all__ = [
@@ -91,6 +95,9 @@ __all__ = [
     "MANIFEST",
     "PASTED",
     "POOLED",
+    "RATED_SCORES",
+    "RATINGS",
+    "RATING_DRAWS",
     "RUNS",
     "SCORES",
     "SKIPPED",

@@ -14,8 +14,12 @@ from milan_ray.scoring.rating_draws import calibrated, standardised
 METRICS = ("correlation", "precision", "recall", "f1", "iou")
 """Names of the scores, in the order of :func:`rated_scores`."""
 
+SMALLEST = 1e-12
+"""Denominators up to this count as 0."""
+
 COVERAGE = (2.5, 97.5)
 """Percentiles of the ends of an interval."""
+
 
 def rated_scores(weights: np.ndarray, activations: np.ndarray, top: np.ndarray, presence: np.ndarray) -> np.ndarray:
     """Computes scores from weighted draws.
@@ -27,9 +31,9 @@ def rated_scores(weights: np.ndarray, activations: np.ndarray, top: np.ndarray, 
         presence: Probability that a draw shows what the description names, (S, n) or (n,).
 
     Returns:
-        float64 (S, 5), columns as :data:`METRICS`: Pearson correlation of activation and presence; share of the exciting
-        images that show it; share of the images that show it that are exciting; F1; intersection over union. 0 where
-        a denominator is 0.
+        float64 (S, 5), columns as :data:`METRICS`: Pearson correlation of activation and presence; share of the
+        exciting images that show it; share of the images showing it that are exciting; F1; intersection over union. 0
+        where a denominator is 0.
     """
     z = standardised(activations)
     shown = np.broadcast_to(presence, weights.shape).astype(np.float64)
@@ -46,10 +50,11 @@ def rated_scores(weights: np.ndarray, activations: np.ndarray, top: np.ndarray, 
     covariance = mean(z * shown) - centre * share
     numerators = (covariance, both, both, 2 * both, both)
     denominators = (np.sqrt(spread), exciting, share, exciting + share, exciting + share - both)
-    return np.stack(
-        [np.where(low > 1e-12, high / np.where(low > 1e-12, low, 1), 0.0) for high, low in zip(numerators, denominators, strict=True)],
-        axis=1,
-    )
+    ratios = [
+        np.divide(high, low, out=np.zeros_like(high), where=low > SMALLEST)
+        for high, low in zip(numerators, denominators, strict=True)
+    ]
+    return np.stack(ratios, axis=1)
 
 
 def estimate(

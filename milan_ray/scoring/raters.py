@@ -60,7 +60,7 @@ class Posterior:
     specificity: np.ndarray
 
 
-def posterior(
+def sample_posterior(
     ratings: Ratings,
     known: np.ndarray,
     description: np.ndarray,
@@ -108,9 +108,7 @@ def posterior(
     return result
 
 
-def _rates(
-    ratings: Ratings, seen: np.ndarray, of: bool, raters: int, rng: np.random.Generator
-) -> np.ndarray:
+def _rates(ratings: Ratings, seen: np.ndarray, of: bool, raters: int, rng: np.random.Generator) -> np.ndarray:
     """Samples how often each rater is right where an item shows it (``of``) or does not, float64 (R,)."""
     concerned = seen == of
     right = np.bincount(ratings.rater, concerned & (ratings.yes == of), raters)
@@ -119,7 +117,11 @@ def _rates(
 
 
 def _coefficients(
-    coefficients: np.ndarray, columns: np.ndarray, description: np.ndarray, present: np.ndarray, rng: np.random.Generator
+    coefficients: np.ndarray,
+    columns: np.ndarray,
+    description: np.ndarray,
+    present: np.ndarray,
+    rng: np.random.Generator,
 ) -> np.ndarray:
     """Samples each description's coefficients, float64 (D, K), from the normal approximation after one Newton step.
 
@@ -140,11 +142,13 @@ def _coefficients(
     noise = np.linalg.solve(factor, rng.standard_normal((count, width, 1)))
     # A Newton step may overshoot where the data separate; steps of more than the prior's width are shortened.
     length = np.maximum(np.linalg.norm(step, axis=1, keepdims=True) / WIDTH, 1)
-    return coefficients + (step / length + noise)[:, :, 0]
+    result: np.ndarray = coefficients + (step / length + noise)[:, :, 0]
+    return result
 
 
 def majority(ratings: Ratings, items: int) -> np.ndarray:
     """The majority's answer on each item: 0, ½ where there is none, or 1, float64 (I,); the trivial baseline."""
     given = np.bincount(ratings.item, minlength=items)
     balance = 2 * np.bincount(ratings.item, ratings.yes, items) - given
-    return (np.sign(balance) + 1) / 2
+    result: np.ndarray = (np.sign(balance) + 1) / 2
+    return result

@@ -71,7 +71,8 @@ def by_rank(values: np.ndarray) -> np.ndarray:
     _, place, counts = np.unique(-values.astype(np.float64), return_inverse=True, return_counts=True)
     harmonic = np.concatenate([[0.0], np.cumsum(1 / np.arange(1, len(values) + 1))])
     ends = np.cumsum(counts)
-    return ((harmonic[ends] - harmonic[ends - counts]) / counts)[place] / harmonic[-1]
+    mass: np.ndarray = (harmonic[ends] - harmonic[ends - counts]) / counts / harmonic[-1]
+    return mass[place]
 
 
 def standardised(values: np.ndarray) -> np.ndarray:
@@ -168,12 +169,13 @@ def calibrated(weights: np.ndarray, known: np.ndarray) -> np.ndarray:
     Returns:
         float64 (S, n); rows sum to 1.
     """
-    own = weights / weights.sum(axis=1, keepdims=True)
+    own: np.ndarray = weights / weights.sum(axis=1, keepdims=True)
     if not known.shape[1]:
         return own
     columns = np.concatenate([np.ones((len(known), 1)), known], axis=1)
     products = np.einsum("sn,nj,nk->sjk", own, columns, columns, optimize=True)
     missing = np.eye(columns.shape[1])[0] - own @ columns
     change = np.linalg.solve(products + RIDGE * np.eye(columns.shape[1]), missing[:, :, None])[:, :, 0]
-    result: np.ndarray = np.maximum(own * (1 + change @ columns.T), 0)
-    return result / result.sum(axis=1, keepdims=True)
+    kept = np.maximum(own * (1 + change @ columns.T), 0)
+    result: np.ndarray = kept / kept.sum(axis=1, keepdims=True)
+    return result
