@@ -144,14 +144,21 @@ def features(activations: np.ndarray, top: np.ndarray, fit: np.ndarray | None) -
 def prior_features(activations: np.ndarray, fit: np.ndarray | None) -> np.ndarray:
     """What the presence of a description is predicted from before anybody looks, as standardised columns.
 
+    Ranks take the place of activations, whose tail would let a few images decide. The square lets presence stay below 1
+    among the highest activations; without it, raters who find nothing there would not be believed.
+
     Args:
         activations: (N,).
         fit: The judge's values, (N,); None without a judge.
 
     Returns:
-        float64 (N, 2), or (N, 3) with a judge: activation, logarithm of its rank, logarithm of the judge's rank.
+        float64 (N, 3), or (N, 4) with a judge: quantile of the activation, logarithm of its rank and its square,
+        logarithm of the judge's rank.
     """
-    columns = [activations, np.log(by_rank(activations))]
+    distinct, place = np.unique(activations, return_inverse=True)
+    rank = standardised(np.log(by_rank(activations)))
+    below = np.cumsum(np.bincount(place, minlength=len(distinct)))
+    columns = [below[place], rank, rank * rank]
     if fit is not None:
         columns.append(np.log(by_rank(fit)))
     return np.stack([standardised(column) for column in columns], axis=1)
