@@ -155,8 +155,8 @@ def test_options_of_sampling_change_the_draws(storage: Storage, tmp_path: Path, 
     assert before["plain"]["prior"].list.len().unique().to_list() == [3]
     assert len(before["images"]) == 5 * 40 and len(before["plain"]) == 5 * 100
     assert before["seed"]["image_id"].to_list() != before["plain"]["image_id"].to_list()
-    assert before["pooling"]["activation"].mean() > before["plain"]["activation"].mean()
-    assert before["top"]["top"].mean() > before["plain"]["top"].mean()
+    assert before["pooling"]["activation"].to_numpy().mean() > before["plain"]["activation"].to_numpy().mean()
+    assert before["top"]["top"].to_numpy().mean() > before["plain"]["top"].to_numpy().mean()
     assert collect(copy, tmp_path / "units", "--units", "1,3", "--seed", "5") == 0
     assert {row["unit"] for row in tasks(tmp_path / "units")} == {"1", "3"}
     assert collect(copy, tmp_path / "all", "--seed", "5") == 0
