@@ -133,6 +133,7 @@ def _cases(options: Options) -> list[Case]:
     units = np.flatnonzero((shown >= 5) & (shown <= count - 5) & (activations.std(axis=0) > 0)).tolist()
     top = {unit: highest(activations[:, unit], max(1, round(TOP * count))) for unit in units}
     pairs = [(unit, unit) for unit in units] + [(unit, units[n - 7]) for n, unit in enumerate(units)]
+    pairs = pairs[:: 12 if options.short else 1]
     return [
         Case(activations[:, unit], area[:, concept], None if fits is None else fits[:, concept], top[unit])
         for unit, concept in pairs
