@@ -103,6 +103,7 @@ def _collect(args: argparse.Namespace) -> int:
 
 
 def _collect_ratings(args: argparse.Namespace) -> int:
+    from milan_ray.engine.stage import run_stages
     from milan_ray.models.registry import RANDOM
     from milan_ray.models.resolve import resolve_model
     from milan_ray.stages.embeddings import ImageEmbeddings
@@ -128,7 +129,8 @@ def _collect_ratings(args: argparse.Namespace) -> int:
     judge = None if args.clip is None else ImageEmbeddings(image_text_ref(args), probe)
     stages = draw_stages(described, probe, judge, config, tuple(args.units))
     with cluster(args) as resources:
-        count = run_collect_ratings(storage, folder, stages, probe, spec, resources, units=args.units, url=args.url)
+        outputs = run_stages(stages, storage, resources)
+    count = run_collect_ratings(storage, folder, outputs, probe, spec, units=args.units, url=args.url)
     if not args.url:
         say("pictures' addresses are relative; --url says where the folder will be served")
     say("ask two people per task: with one, a rater's errors cannot be told from a description's")

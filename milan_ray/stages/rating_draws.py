@@ -19,9 +19,9 @@ from milan_ray.annotations import rating_tasks
 from milan_ray.annotations.collection import TEMPLATES
 from milan_ray.annotations.layout import whole_folder
 from milan_ray.annotations.rating_tasks import RatingTask
-from milan_ray.config import Fingerprint, Resources
+from milan_ray.config import Fingerprint
 from milan_ray.engine import references
-from milan_ray.engine.stage import Known, Output, RunnableStage, TaskStage, run_stages
+from milan_ray.engine.stage import Known, Output, RunnableStage, TaskStage
 from milan_ray.errors import MilanError
 from milan_ray.exemplars.forward import read_views
 from milan_ray.models.registry import ModelSpec
@@ -192,15 +192,14 @@ def draw_stages(
 def run_collect_ratings(
     storage: Storage,
     folder: Path,
-    stages: Sequence[RunnableStage],
+    outputs: Sequence[Output],
     probe: references.ProbeRef,
     spec: ModelSpec,
-    resources: Resources,
     *,
     units: Sequence[int] = (),
     url: str = "",
 ) -> int:
-    """Draws images and writes the tasks in which people rate them; a folder that exists is complete.
+    """Writes the tasks in which people rate drawn images; a folder that exists is complete.
 
     Into the folder: ``images/``, every drawn image as the model sees it; ``tasks.csv`` and ``mturk.html`` for
     Mechanical Turk; ``label-studio.jsonl`` and ``label-studio.xml`` for Label Studio. Tasks are in an order that tells
@@ -209,10 +208,9 @@ def run_collect_ratings(
     Args:
         storage: The run directory.
         folder: Folder to be made.
-        stages: Of :func:`draw_stages`.
+        outputs: Of the stages of :func:`draw_stages`, which have run.
         probe: The images.
         spec: The model, whose view of the images is shown.
-        resources: What of the cluster to use.
         units: Only tasks of these units; none takes all.
         url: What images' addresses begin with.
 
@@ -222,10 +220,9 @@ def run_collect_ratings(
     Raises:
         MilanError: A table or an image is missing, or the folder is there already or cannot be written.
     """
-    outputs = [output for output in run_stages(stages, storage, resources) if "labeler" in output.keys]
     with whole_folder(folder) as part:
         tasks: list[RatingTask] = []
-        for output in outputs:
+        for output in (each for each in outputs if "labeler" in each.keys):
             tasks += _tasks(storage, output, units, lambda image: f"{url}{IMAGES}/{image}.jpg")
         if not tasks:
             raise MilanError(f"none of the chosen units of {spec.name} has draws: choose others with --units.")
