@@ -129,17 +129,17 @@ def read_questions(path: Path) -> list[tuple[str, str, int, str, tuple[str, ...]
 
 def tasks_csv(tasks: Iterable[Task]) -> str:
     """Formats tasks as a batch file of Mechanical Turk."""
-    return _csv(TASK_COLUMNS, ([getattr(task, name) for name in TASK_COLUMNS] for task in tasks))
+    return csv_text(TASK_COLUMNS, ([getattr(task, name) for name in TASK_COLUMNS] for task in tasks))
 
 
 def tasks_jsonl(tasks: Iterable[Task]) -> str:
     """Formats tasks for Label Studio, one JSON object a line."""
-    return _jsonl(map(asdict, tasks))
+    return jsonl_text(map(asdict, tasks))
 
 
 def questions_jsonl(questions: Iterable[Question]) -> str:
     """Formats the qualification test as tasks for Label Studio, without the answers."""
-    return _jsonl(
+    return jsonl_text(
         {"question": each.name, "image": each.task.image, "options": [{"value": option} for option in each.options]}
         for each in questions
     )
@@ -147,7 +147,7 @@ def questions_jsonl(questions: Iterable[Question]) -> str:
 
 def key_csv(questions: Iterable[Question]) -> str:
     """Formats the answer key of the qualification test as CSV."""
-    return _csv(("question", "right"), ((each.name, each.right) for each in questions))
+    return csv_text(("question", "right"), ((each.name, each.right) for each in questions))
 
 
 def question_form(questions: Iterable[Question]) -> str:
@@ -191,7 +191,8 @@ def answer_key(questions: Sequence[Question]) -> str:
     return _xml(key)
 
 
-def _csv(header: Sequence[str], rows: Iterable[Iterable[object]]) -> str:
+def csv_text(header: Sequence[str], rows: Iterable[Iterable[object]]) -> str:
+    """Formats rows as CSV with lines that end in a newline alone."""
     buffer = io.StringIO()
     writer = csv.writer(buffer, lineterminator="\n")
     writer.writerow(header)
@@ -199,7 +200,8 @@ def _csv(header: Sequence[str], rows: Iterable[Iterable[object]]) -> str:
     return buffer.getvalue()
 
 
-def _jsonl(tasks: Iterable[Mapping[str, object]]) -> str:
+def jsonl_text(tasks: Iterable[Mapping[str, object]]) -> str:
+    """Formats tasks for Label Studio, one JSON object a line."""
     return "".join(json.dumps({"data": task}, ensure_ascii=False) + "\n" for task in tasks)
 
 
@@ -246,7 +248,7 @@ def read_answers(path: Path, *, keep_rejected: bool = False) -> tuple[list[Answe
         places: list[Mapping[str, Any]] = [{name: row[column] for name, column in inputs.items()} for row in rows]
         texts = [(row[WORKER], row[TEXT]) for row in rows]
     else:
-        exported = _label_studio(path, _SUMMARY)
+        exported = read_export(path, _SUMMARY)
         kept = [each for each in exported if keep_rejected or not each[2]]
         rejected = len(exported) - len(kept)
         places = [data for data, *_ in kept]
@@ -277,15 +279,26 @@ def passed_workers(path: Path, key: Path) -> set[str]:
     remedy = "give the qualification-key.csv of the tasks."
     right = {row["question"]: row["right"] for _, row in read_csv(key, ("question", "right"), remedy, remedy)}
     answered: dict[str, dict[str, str]] = {}
-    for data, worker, _, choices in _label_studio(path, _CHOICE):
+    for data, worker, _, choices in read_export(path, _CHOICE):
         answered.setdefault(worker, {})[str(data.get("question"))] = choices[0] if choices else ""
     return {
         worker for worker, given in answered.items() if all(given.get(name) == text for name, text in right.items())
     }
 
 
-def _label_studio(path: Path, name: str) -> list[tuple[Mapping[str, Any], str, bool, list[str]]]:
-    """Reads an export's annotations: task data, worker, whether it was skipped, and the values of control ``name``."""
+def read_export(path: Path, name: str) -> list[tuple[Mapping[str, Any], str, bool, list[str]]]:
+    """Reads an export of Label Studio.
+
+    Args:
+        path: Its JSON, or JSON with a task per line.
+        name: Name of the control whose values are read.
+
+    Returns:
+        Of each annotation: the task's data, the worker, whether it was skipped, and the control's values.
+
+    Raises:
+        MilanError: The file is no such export.
+    """
     try:
         text = read_text(path)
         tasks = (

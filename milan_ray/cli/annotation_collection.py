@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from milan_ray.cli import options
-from milan_ray.cli.arguments import flag, numbers, string, strings, table_name
-from milan_ray.cli.build_configs import absolute, bert_score_folder, open_storage
-from milan_ray.cli.refusals import refuse
+from milan_ray.cli.arguments import choice, flag, fraction, integer, numbers, string, strings, table_name
+from milan_ray.cli.build_configs import absolute, bert_score_folder, cluster, image_text_ref, open_storage, probe_ref
+from milan_ray.cli.refusals import CLUSTER, refuse
 from milan_ray.cli.summary import note
 from milan_ray.errors import MilanError
 from milan_ray.progress import say
 
 if TYPE_CHECKING:
     from milan_ray.scoring.agreement import TextScore
+    from milan_ray.storage import Storage
 
 AddAction = Callable[[str, str], argparse.ArgumentParser]
 """Creates the parser of an action from its name and summary."""
@@ -33,6 +34,7 @@ def add_to(action: AddAction) -> None:
     string(
         collect, "--qualification", "FILE", "test for people, a CSV: model, layer, unit, right, wrong (wrong|wrong|…)"
     )
+    _add_ratings(collect)
     answers = action("answers", "Bring people's answers into the storage, cleaned, and say how much they agree")
     strings(answers, "files", "FILE", "Mechanical Turk's results (.csv) or Label Studio's export (.json)")
     string(
@@ -59,9 +61,35 @@ def add_to(action: AddAction) -> None:
         options.common(parser)
 
 
+def _add_ratings(collect: argparse.ArgumentParser) -> None:
+    """Adds the options for images to rate."""
+    group = collect.add_argument_group("images to rate instead of units to describe (docs/ratings.md)")
+    ways = "draw images for people to say whether they show what descriptions name: those that tell most, or any"
+    choice(group, "--sampling", ("importance", "uniform"), ways)
+    string(group, "--labeler", "NAME", "whose descriptions (default: the one labeler there is)")
+    string(group, "--clip", "MODEL", "also prefer images near to the description by CLIP or SigLIP, as jobs.score")
+    integer(group, "--images", 100, "draws per unit")
+    fraction(group, "--top", 0.01, "share of images that count as exciting a unit")
+    choice(group, "--pooling", ("mean", "max"), "value of a unit's map of an image", "mean")
+    integer(group, "--seed", 0, "seed of the draws", least=0)
+    options.probe(collect, required=False, absent="none; --sampling needs it")
+    options.plugins(collect)
+    options.resources(collect)
+
+
+RATING = (
+    "labeler", "clip", "images", "top", "pooling", "seed", "probe", "labels", "image_column", "label_column", "max_bad",
+    "plugin",
+)  # fmt: skip
+"""Destinations of the options for images to rate."""
+
+
 def _collect(args: argparse.Namespace) -> int:
     from milan_ray.stages.annotations_collect import run_collect
 
+    if args.sampling is not None:
+        return _collect_ratings(args)
+    refuse(args, [*RATING, *CLUSTER], "without --sampling", "give --sampling too")
     folder = Path(absolute("DIR", args.folder))
     qualification = None if args.qualification is None else Path(absolute("--qualification", args.qualification))
     count = run_collect(
@@ -74,9 +102,46 @@ def _collect(args: argparse.Namespace) -> int:
     return 0
 
 
+def _collect_ratings(args: argparse.Namespace) -> int:
+    from milan_ray.engine.stage import run_stages
+    from milan_ray.models.registry import RANDOM
+    from milan_ray.models.resolve import resolve_model
+    from milan_ray.stages.embeddings import ImageEmbeddings
+    from milan_ray.stages.rating_draws import DrawConfig, draw_stages, run_collect_ratings
+    from milan_ray.stages.scores import described_layers
+
+    refuse(args, ["qualification"], "with --sampling", "write a test for raters on the platform itself")
+    if args.clip is None:
+        refuse(args, CLUSTER, "without --clip", "give --clip too")
+    if args.probe is None:
+        raise MilanError("--sampling draws images of the probe: give the probe of the exemplars with --probe.")
+    storage, probe = open_storage(args), probe_ref(args)
+    storage.check_writable()
+    described = described_layers(storage, [args.model], [args.labeler] if args.labeler else [], args.layers or [])
+    labelers = sorted({layer.labeler for layer in described})
+    if len(labelers) > 1:
+        raise MilanError(f"{args.model} has descriptions of {', '.join(labelers)}: say whose with --labeler.")
+    spec = resolve_model(args.model, RANDOM)
+    if spec.images is not None:
+        raise MilanError(f"{args.model} is a generator: its units have no images of a probe to rate.")
+    folder = Path(absolute("DIR", args.folder))
+    config = DrawConfig(args.sampling, args.images, args.top, args.pooling, args.seed)
+    judge = None if args.clip is None else ImageEmbeddings(image_text_ref(args), probe)
+    stages = draw_stages(described, probe, judge, config, tuple(args.units))
+    with cluster(args) as resources:
+        outputs = run_stages(stages, storage, resources)
+    count = run_collect_ratings(storage, folder, outputs, probe, spec, units=args.units, url=args.url)
+    if not args.url:
+        say("pictures' addresses are relative; --url says where the folder will be served")
+    say("ask two people per task: with one, a rater's errors cannot be told from a description's")
+    note(args, f"{count} images to rate in {folder} (tasks.csv, label-studio.jsonl)", folder=str(folder), tasks=count)
+    return 0
+
+
 def _answers(args: argparse.Namespace) -> int:
     from milan_ray.annotations.cleaning import read_tables
     from milan_ray.annotations.collection import passed_workers
+    from milan_ray.annotations.rating_tasks import are_ratings
     from milan_ray.stages.annotations_collect import agreement_report, run_answers
 
     if (args.qualification is None) != (args.key is None):
@@ -87,8 +152,11 @@ def _answers(args: argparse.Namespace) -> int:
         say(f"{len(qualified)} people passed the qualification test")
     storage = open_storage(args)
     storage.check_writable()
+    files = [Path(file) for file in args.files]
+    if are_ratings(files):
+        return _ratings(args, storage, files, qualified)
     annotations = run_answers(
-        storage, [Path(file) for file in args.files], args.source,
+        storage, files, args.source,
         tables=read_tables(Path(args.tables)) if args.tables else None,
         keep_rejected=args.keep_rejected, qualified=qualified,
     )  # fmt: skip
@@ -97,6 +165,19 @@ def _answers(args: argparse.Namespace) -> int:
     note(
         args, f"{len(annotations.texts)} annotations brought in", source=args.source, annotations=len(annotations.texts)
     )
+    return 0
+
+
+def _ratings(args: argparse.Namespace, storage: Storage, files: Sequence[Path], qualified: set[str] | None) -> int:
+    """Brings ratings into the storage and prints the scores that follow."""
+    from milan_ray.schema import RATED_SCORES
+    from milan_ray.stages.rated_scores import ratings_report, run_ratings
+
+    refuse(args, ["tables", "bertscore", "rouge"], "with ratings, which have no text,", "give answers in words")
+    imported = run_ratings(storage, files, args.source, keep_rejected=args.keep_rejected, qualified=qualified)
+    say(ratings_report(storage, args.source, imported))
+    say(f"table: {storage.uri(RATED_SCORES.name)}")
+    note(args, f"{imported.ratings} ratings brought in", source=args.source, ratings=imported.ratings)
     return 0
 
 

@@ -142,15 +142,17 @@ def described(parser: argparse.ArgumentParser) -> None:
     strings(parser, "--layers", "PATH", "only these layers, or patterns")
 
 
-def probe(parser: argparse.ArgumentParser, required: bool) -> None:
-    """Adds options for probe images."""
+def probe(
+    parser: argparse.ArgumentParser, required: bool, absent: str = "describe the exemplars that the storage holds"
+) -> None:
+    """Adds options for probe images; ``absent`` says what happens without any."""
     group = parser.add_argument_group("probe images")
     strings(
         group,
         "--probe",
         "SOURCE",
         "folders, Parquet, Arrow or tar files, URIs, or a registered probe; of a generator, its latents"
-        + ("" if required else " (default: describe the exemplars that the storage holds)"),
+        + ("" if required else f" (default: {absent})"),
         required=required,
     )
     string(group, "--labels", "FILE", "CSV of file names and classes, for folders without classes")

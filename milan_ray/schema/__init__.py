@@ -28,6 +28,7 @@ from milan_ray.schema.operations import (
     TRIALS_SETTING,
     UNIT_SCORES,
 )
+from milan_ray.schema.ratings import RATED_SCORES, RATING_DRAWS, RATINGS
 from milan_ray.schema.table import Column, Table
 from milan_ray.schema.verdicts import CALIBRATIONS, VERDICTS
 
@@ -68,6 +69,9 @@ TABLES: tuple[Table, ...] = (
     AUDITED,
     FEATURES_FIT,
     EFFECTS,
+    RATING_DRAWS,
+    RATINGS,
+    RATED_SCORES,
 )
 
 __all__ = [
@@ -98,6 +102,9 @@ __all__ = [
     "MANIFEST",
     "PASTED",
     "POOLED",
+    "RATED_SCORES",
+    "RATINGS",
+    "RATING_DRAWS",
     "RUNS",
     "SCORES",
     "SKIPPED",

@@ -228,7 +228,7 @@ def run_answers(
     dropped: Counter[str] = Counter()
     for answer in answers:
         text = tables.clean(answer.text, answer.worker)
-        key = (answer.model, answer.layer, answer.unit, _annotator(source, answer.worker))
+        key = (answer.model, answer.layer, answer.unit, annotator(source, answer.worker))
         if not text:
             dropped["empty"] += 1
         elif key in kept:
@@ -257,7 +257,7 @@ def run_answers(
     return Answers(texts, rejected, unqualified, dropped["empty"], dropped["repeated"])
 
 
-def _annotator(source: str, worker: str) -> str:
+def annotator(source: str, worker: str) -> str:
     """A pseudonym of a worker: a hash of the name."""
     return f"worker-{hashlib.sha256(f'{source} {worker}'.encode()).hexdigest()[:8]}"
 

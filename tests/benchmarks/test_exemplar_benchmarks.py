@@ -13,6 +13,7 @@ from milan_ray import cli
     "name",
     [
         "merge",
+        "ratings",
         "zoo",
         "effects",
         "features",

@@ -49,6 +49,8 @@ GPU_BENCHMARK = "benchmarks/test_gpu_benchmark.py::test_gpu_benchmark_without_ti
 VERSIONS_BENCHMARK = "benchmarks/test_description_benchmarks.py::test_versions_short_runs_both_checkouts_in_turns"
 SCALE_BENCHMARK = "benchmarks/test_exemplar_benchmarks.py::test_scale_benchmark_counts_the_job_asked_for"
 
+SAMPLED = "stages/test_ratings_pipeline.py::test_options_of_sampling_change_the_draws"
+
 FIT = "cli/test_features_command.py"
 FITTED = f"{FIT}::test_options_of_fitting_are_part_of_what_decides"
 ASKED = f"{FIT}::test_widths_layers_and_folders_are_those_asked_for"
@@ -59,6 +61,9 @@ EFFECTS_DECIDED = f"{EFFECTS}::test_options_of_effects_are_part_of_what_decides"
 ROWS: dict[str, str] = {
     **{f"effects --{name}": EFFECTS_DECIDED for name in ("images", "amplify", "classes", "units", "activations")},
     "effects --max-bad": "stages/test_effects_stage.py::test_unreadable_images_are_left_out_up_to_the_share_allowed",
+    **{f"annotations collect --{name}": SAMPLED for name in ("clip", "images", "top", "pooling", "seed", "probe")},
+    **{f"annotations collect --{name}": SAMPLED for name in ("sampling", "labeler", "units", "actors")},
+    "--sampling": SAMPLED,
     "--method": FITTED,
     "--width": FITTED,
     "--layer": ASKED,

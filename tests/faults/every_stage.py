@@ -58,6 +58,7 @@ from milan_ray.stages.dnd.stage import dnd_stages, run_dnd
 from milan_ray.stages.embeddings import ImageEmbeddings, text_embeddings
 from milan_ray.stages.encodings import Encodings
 from milan_ray.stages.exemplars import DissectedModels, Exemplars
+from milan_ray.stages.rating_draws import DrawConfig, draw_stages
 from milan_ray.stages.rerank import reranking_stages
 from milan_ray.stages.scores import ScoreConfig, described_layers, run_scores, score_stages
 from milan_ray.stages.tuning_statistics import Sweep, Trial
@@ -132,6 +133,12 @@ def name(storage: Storage) -> None:
     layers = {"flags/watcher": ("seen",)}
     for stage in clip_dissect_stages(layers, FIELDS, ClipDissect(("red", "green", "blue", "left")), TRUTH):
         run_stage(stage, storage, HERE)
+
+
+def draw_to_rate(storage: Storage) -> None:
+    described = described_layers(storage, ["flags/watcher"])
+    judge = ImageEmbeddings(TRUTH, FIELDS)
+    run_stages(draw_stages(described, FIELDS, judge, DrawConfig(draws=20)), storage, HERE)
 
 
 def score(storage: Storage) -> None:
@@ -280,6 +287,7 @@ def stages(photos, save_clip, tmp_path_factory) -> dict[str, dict[str, Stage]]:
         "clip-dissect": Stage(name, {DESCRIPTIONS: ""}),
         "scores": Stage(score, {UNIT_SCORES: "scores", VERDICTS: "verdicts"}),
         "cosy": Stage(draw, {}),
+        "rating draws": Stage(draw_to_rate, {}),
     }
     scenes = {"dissected": Stage(watch, exemplars), "dnd": Stage(draw_scenes, {DRAWINGS: "dnd"})}
     found = {

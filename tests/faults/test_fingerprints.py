@@ -18,7 +18,7 @@ PIN = "MILAN_TEST_PIN"
 
 LAST = {
     "photographs": "text embeddings",
-    "fields": "cosy",
+    "fields": "rating draws",
     "scenes": "dnd",
     "found": "dnd-probe",
     "experiments": "pasting",

@@ -129,7 +129,7 @@ FAST = {
         "image embeddings",
         "text embeddings",
     ),
-    "fields": ("labels", "clip-dissect", "scores", "cosy"),
+    "fields": ("labels", "clip-dissect", "scores", "cosy", "rating draws"),
     "published": ("import",),
 }
 LONG = {

@@ -16,7 +16,7 @@ from PIL import Image
 from milan_ray import cli
 from milan_ray.exemplars.masks import pack, unpack
 from milan_ray.schema import ANNOTATION_STATISTICS, ANNOTATIONS, EXEMPLARS
-from milan_ray.stages.annotations_collect import _annotator
+from milan_ray.stages.annotations_collect import annotator
 from milan_ray.stages.images import png
 from milan_ray.storage import EXEMPLARS_KEY, Storage
 from milan_ray.storage.image_blocks import write_block
@@ -144,7 +144,7 @@ def test_answers_of_mturk_become_annotations(storage: Storage, folder: Path, tmp
     arguments = ["answers", str(results), "--source", "crowd", "--tables", str(tmp_path / "tables.json")]
     assert cli.main(["annotations", *arguments, "--rouge", "--storage", storage.root]) == 0
     expected = {
-        (layer, unit, _annotator("crowd", worker)): text.lower()
+        (layer, unit, annotator("crowd", worker)): text.lower()
         for layer, units in LAYERS.items()
         for unit in units
         if (layer, unit) != ("conv1", 4)
@@ -185,7 +185,7 @@ def test_answers_of_label_studio_become_the_same_annotations(
     assert cli.main(["annotations", "answers", str(exported), *arguments]) == 0
     everybody = stored_annotations(storage, "studio")
     assert everybody == {
-        (layer, unit, _annotator("studio", str(numbers[worker]))): text.lower()
+        (layer, unit, annotator("studio", str(numbers[worker]))): text.lower()
         for layer, units in LAYERS.items()
         for unit in units
         if (layer, unit) != ("conv1", 4)
@@ -193,7 +193,7 @@ def test_answers_of_label_studio_become_the_same_annotations(
     }
     passed = ["--qualification", str(tested), "--key", str(folder / "qualification-key.csv")]
     assert cli.main(["annotations", "answers", str(exported), *arguments, *passed]) == 0
-    failed = _annotator("studio", "13")
+    failed = annotator("studio", "13")
     assert stored_annotations(storage, "studio") == {key: text for key, text in everybody.items() if key[2] != failed}
     out = capsys.readouterr()
     assert "2 people passed" in out.err and "3 of workers who did not pass" in out.err
