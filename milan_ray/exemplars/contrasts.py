@@ -7,36 +7,16 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import ClassVar
 
 import numpy as np
+
+from milan_ray.config import ContrastConfig
 
 CONTRASTS_VERSION = "contrasts-1"
 """Part of every fingerprint of contrasts; increased when the choice below changes its results."""
 
 SIMILAR, RANDOM = "similar", "random"
 """Kinds of contrasts."""
-
-
-@dataclass(frozen=True)
-class ContrastConfig:
-    """Which contrasts are chosen.
-
-    Attributes:
-        similar: Images per unit that are most like its exemplars, among those that do not excite it.
-        random: Further images per unit, drawn from those that do not excite it.
-        quantile: The criterion: an image does not excite a unit if its activation, the maximum over positions, is at
-            most this quantile of the unit's activations over the probe, and below that of every exemplar.
-        seed: Seed of the random ones.
-    """
-
-    similar: int = 15
-    random: int = 15
-    quantile: float = 0.5
-    seed: int = 0
-
-    pooling: ClassVar[str] = "max"
-    """Column of table ``pooled`` that the criterion reads: the statistic that exemplars are chosen by."""
 
 
 @dataclass(frozen=True)
@@ -68,15 +48,16 @@ def not_exciting(activations: np.ndarray, exemplars: np.ndarray, quantile: float
     Returns:
         bool (N,); none of them is an exemplar.
     """
-    finite = np.isfinite(activations)
+    finite: np.ndarray = np.isfinite(activations)
     values = np.sort(activations[finite])
     if not len(values):
         return finite
     threshold = values[math.floor(quantile * (len(values) - 1))]
-    chosen = np.where(finite, activations, np.inf) <= threshold
+    own = np.where(finite, activations, np.inf)
+    chosen: np.ndarray = finite & ~exemplars & (own <= threshold)
     if (finite & exemplars).any():
-        chosen &= np.where(finite, activations, np.inf) < activations[finite & exemplars].min()
-    return chosen & finite & ~exemplars
+        chosen &= own < activations[finite & exemplars].min()
+    return chosen
 
 
 def quantiles(activations: np.ndarray, rows: np.ndarray) -> np.ndarray:
@@ -90,7 +71,8 @@ def quantiles(activations: np.ndarray, rows: np.ndarray) -> np.ndarray:
         float32 (n,).
     """
     values = np.sort(activations[np.isfinite(activations)])
-    return (np.searchsorted(values, activations[rows], "left") / max(1, len(values))).astype(np.float32)
+    below = np.searchsorted(values, activations[rows], "left")
+    return np.asarray(below / max(1, len(values)), np.float32)
 
 
 def choose(

@@ -16,6 +16,18 @@ ENCODINGS = Table(
     "Features of one exemplar, as the captioner reads them.",
 )
 
+CONTRAST_ENCODINGS = Table(
+    "contrast_encodings",
+    ("encoder", "model", "layer"),
+    (
+        Column("encoder", pa.string(), "registered name of the image encoder"),
+        *UNIT,
+        Column("rank", pa.int16(), "the contrast's rank"),
+        Column("feature", pa.list_(pa.float32()), "F pooled pyramid features, as those of encodings; F in metadata"),
+    ),
+    "Features of one contrast, as the captioner reads them.",
+)
+
 IMAGE_EMBEDDINGS = Table(
     "image_embeddings",
     ("encoder", "probe"),

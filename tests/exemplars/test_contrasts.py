@@ -7,7 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from milan_ray.exemplars.contrasts import ContrastConfig, choose, not_exciting, quantiles
+from milan_ray.config import ContrastConfig
+from milan_ray.exemplars.contrasts import choose, not_exciting, quantiles
 
 
 def naive(ids, activations, exemplars, similarity, config):
@@ -18,10 +19,7 @@ def naive(ids, activations, exemplars, similarity, config):
     free = [
         n
         for n in range(len(ids))
-        if np.isfinite(activations[n])
-        and activations[n] <= threshold
-        and activations[n] < lowest
-        and not exemplars[n]
+        if np.isfinite(activations[n]) and activations[n] <= threshold and activations[n] < lowest and not exemplars[n]
     ]
     chosen, k = [], similarity.shape[1]
     exemplars_in_turn = min(k, config.similar, len(free))
