@@ -10,6 +10,8 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 import pytest
 import torch
 from PIL import Image
@@ -33,6 +35,7 @@ from milan_ray.schema import (
     EXEMPLARS,
     IMAGE_EMBEDDINGS,
     POOLED,
+    UNIT_SCORES,
     VIEWS,
 )
 from milan_ray.stages import contrast_descriptions, contrasts, encodings
@@ -43,6 +46,7 @@ from milan_ray.stages.descriptions import Search, run_descriptions
 from milan_ray.stages.embeddings import ImageEmbeddings, rows_of
 from milan_ray.stages.encodings import Encodings
 from milan_ray.stages.exemplars import Exemplars
+from milan_ray.stages.scores import ScoreConfig, described_layers, run_scores, score_stages
 from milan_ray.storage import CONTRASTS_KEY, Storage
 
 PLUGIN = str(Path(__file__).resolve().parents[1] / "plugins/tiny_models.py")
@@ -214,6 +218,41 @@ def test_labels_say_which_contrasts_made_them(run):
         meta = storage.metadata(DESCRIPTIONS, labeler=CONTRAST, **keys)
         assert meta["contrasts"] == CLIP and float(meta["mu"]) == MU
         assert meta[CONTRASTS_KEY] == storage.config_of(CONTRASTS, encoder=CLIP, **keys)
+
+
+def test_scores_leave_out_exemplars_and_the_contrasts_of_a_label(run):
+    storage, source = run
+    described = described_layers(storage, ["tiny/cnn"], [CONTRAST, MILAN])
+    config = ScoreConfig(samples=20)
+    run_scores(storage, score_stages(described, source.images.probe, source.images.ref, config), config, Resources())
+    embedded = storage.read(IMAGE_EMBEDDINGS, **source.images.keys)
+    ids, vectors = embedded["image_id"].to_numpy(), rows_of(embedded["embedding"])
+    embedder = source.images.embedder
+    for keys in layers():
+        act = matrix(storage.read(POOLED, **keys)["mean"]).astype(float)
+        made = {MILAN: [storage.read(EXEMPLARS, **keys)]}
+        made[CONTRAST] = [*made[MILAN], storage.read(CONTRASTS, encoder=CLIP, **keys)]
+        for labeler, tables in made.items():
+            rows = storage.read(UNIT_SCORES, predictor=CLIP, labeler=labeler, **keys).to_pylist()
+            for row in (row for row in rows if row["metric"] == "correlation" and row["system"] == "own"):
+                own = {
+                    each["image_id"] for table in tables for each in table.to_pylist() if each["unit"] == row["unit"]
+                }
+                use = ~np.isin(ids, list(own))
+                assert row["images"] == use.sum()
+                fit = vectors[use] @ embedder.embed_texts([row["description"]])[0].numpy()
+                if row["value"] is not None and fit.std() > 1e-4:
+                    expected = np.corrcoef(act[use, row["unit"]], fit)[0, 1]
+                    assert row["value"] == pytest.approx(expected, abs=1e-4)
+
+
+def test_scores_of_labels_whose_contrasts_are_others_are_one_sentence(run):
+    storage, source = run
+    run_stage(Contrasts(LAYERS, replace(source, config=replace(CHOICE, quantile=0.2))), storage, Resources())
+    described = described_layers(storage, ["tiny/cnn"], [CONTRAST])
+    with pytest.raises(MilanError, match="make the labels again"):
+        stages = score_stages(described, source.images.probe, source.images.ref, ScoreConfig())
+        run_scores(storage, stages, ScoreConfig(), Resources())
 
 
 def test_contrast_without_pooled_activations_is_one_sentence(run):
