@@ -23,6 +23,7 @@ from milan_ray.cli.build_configs import (
 )
 from milan_ray.cli.refusals import DISSECTION, refuse
 from milan_ray.cli.summary import close, report_on, say_distinct, show_plan
+from milan_ray.errors import MilanError
 
 if TYPE_CHECKING:
     from milan_ray.captioner.captioner import Captioner
@@ -153,6 +154,7 @@ def _contrast(args: argparse.Namespace, captioner: Captioner, search: Search) ->
 
     if args.contrast is None:
         return None
+    args.mu = options.MU if args.mu is None else args.mu
     contrastive(captioner, search, args.mu)
     config = ContrastConfig(args.contrasts, args.random_contrasts, args.contrast_quantile)
     images = ImageEmbeddings(image_text_ref(args, "--contrast"), probe_ref(args))
@@ -161,7 +163,11 @@ def _contrast(args: argparse.Namespace, captioner: Captioner, search: Search) ->
 
 
 def search_of(args: argparse.Namespace, decoder: str) -> Search:
-    """Configures the search, from the options, or else the setting, or else the captioner's defaults."""
+    """Configures the search, from the options, or else the setting, or else the captioner's defaults; and sets μ.
+
+    Raises:
+        MilanError: The setting was chosen for contrasts, and there are none.
+    """
     from milan_ray.captioner.quirks import NO_QUIRKS, REFERENCE
     from milan_ray.stages.descriptions import Search
 
@@ -171,4 +177,13 @@ def search_of(args: argparse.Namespace, decoder: str) -> Search:
     from milan_ray.stages.tuning_statistics import read_setting  # imports polars
 
     setting = read_setting(read_text("--setting", args.setting), args.setting)
-    return replace(search, **{name: value for name, value in asdict(setting).items() if getattr(args, name) is None})
+    if setting.mu and args.contrast is None and args.lam is None:
+        raise MilanError(
+            f"{args.setting} has μ = {setting.mu:g}, which was chosen together with its λ: give --contrast MODEL, or "
+            "another λ with --lam."
+        )
+    if args.mu is None and setting.mu:
+        args.mu = setting.mu
+    values = asdict(setting)
+    del values["mu"]
+    return replace(search, **{name: value for name, value in values.items() if getattr(args, name) is None})

@@ -263,7 +263,7 @@ def contrast(parser: argparse.ArgumentParser) -> None:
         "rank candidates by log p(d|E) − λ·log p(d) − μ·log p(d|C) too, C the images most like the exemplars by this "
         "model of images and texts that do not excite the unit: a folder, or the name of one in $MILAN_MODELS_DIR",
     )
-    number(group, "--mu", MU, "μ", kind=amount)
+    number(group, "--mu", None, f"μ (default: the setting's, else {MU:g})", kind=amount)
     contrasts(group)
     choice(
         group,

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import pyarrow as pa
 
-from milan_ray.captioner.rerank import CHOICE_VERSION, choice_order, rescore
+from milan_ray.captioner.rerank import CHOICE_VERSION, choice_order, contrast, rescore
 from milan_ray.captioner.text import readable
 from milan_ray.errors import MilanError
 from milan_ray.labelers.protocol import Evidence, Kind, Label
@@ -87,13 +87,8 @@ class ContrastiveInformation:
         table = evidence.candidates
         assert table is not None and evidence.contrasted is not None  # required
         likely, prior = (table[name].to_numpy() for name in ("logp_d_given_e", "logp_d"))
-        return rank(table, contrast(likely, prior, evidence.contrasted, self.lam, self.mu), self.plain_choice)
-
-
-def contrast(likely: np.ndarray, prior: np.ndarray, contrasted: np.ndarray, lam: float, mu: float) -> np.ndarray:
-    """Log p(d|E) − λ·log p(d) − μ·log p(d|C), nats, for arrays of one shape; NaN in the last is no contrast."""
-    scores: np.ndarray = rescore(likely, prior, lam) - mu * np.nan_to_num(contrasted, nan=0.0)
-    return scores
+        scores = contrast(rescore(likely, prior, self.lam), evidence.contrasted, self.mu)
+        return rank(table, scores, self.plain_choice)
 
 
 def rank(candidates: pa.Table, scores: np.ndarray, plain_choice: bool = False) -> dict[int, list[Label]]:

@@ -21,7 +21,8 @@ def naive(ids, activations, exemplars, similarity, config):
         for n in range(len(ids))
         if np.isfinite(activations[n]) and activations[n] <= threshold and activations[n] < lowest and not exemplars[n]
     ]
-    chosen, k = [], similarity.shape[1]
+    k = similarity.shape[1]
+    chosen: list[tuple[int, int]] = []
     exemplars_in_turn = min(k, config.similar, len(free))
     while free and len(chosen) < config.similar:
         exemplar = len(chosen) % exemplars_in_turn

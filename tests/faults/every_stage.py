@@ -42,7 +42,7 @@ from milan_ray.schema import (
     UNIT_SCORES,
     Table,
 )
-from milan_ray.stages import embeddings
+from milan_ray.stages import embeddings, tuning_trial
 from milan_ray.stages import training as train
 from milan_ray.stages import tuning as tune
 from milan_ray.stages.annotations_import import run_import
@@ -168,12 +168,12 @@ def find_scenes(storage: Storage) -> None:
 def tune_here(storage: Storage) -> None:
     """A sweep whose trials run here, where Ray Tune would start a process for each."""
     sweep = Sweep((2,), (0.0, 0.5), ("greedy", "rerank"), (4,), "bleu-2", samples=10)
-    tune.Tuning(tune.TuningJob("sweep", "toy", "people", (("tiny/cnn", "0"),), sweep)).run(storage, HERE)
+    tune.Tuning(tuning_trial.TuningJob("sweep", "toy", "people", (("tiny/cnn", "0"),), sweep)).run(storage, HERE)
 
 
-def try_here(storage: Storage, task: tune._Task, trials: list[Trial], resources: Resources) -> None:
+def try_here(storage: Storage, task: tuning_trial.Task, trials: list[Trial], resources: Resources) -> None:
     for trial in trials:
-        tune._run_trial({"trial": asdict(trial)}, task)
+        tuning_trial.run_trial({"trial": asdict(trial)}, task)
 
 
 def in_turn(function: Callable[[object], object], items: Sequence[object], *_: float) -> Iterator[tuple[int, object]]:
