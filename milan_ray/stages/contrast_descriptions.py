@@ -50,9 +50,9 @@ def contrastive(captioner: Captioner, search: Search, mu: float) -> ContrastiveI
 class ContrastWorker(ShardWorker):
     """Computes log p(d|C) of the candidates of a batch of units."""
 
-    def __init__(self, search: Search, length: int, **context: Any) -> None:
+    def __init__(self, search: Search, **context: Any) -> None:
         super().__init__(**context)
-        self._search, self._length = search, length
+        self._search = search
         self._captioner = load_captioner(self._storage, search.decoder).to(str(self._device))
         self._read: tuple[int, pa.Table, dict[int, np.ndarray]] = (-1, pa.table({}), {})
 
@@ -65,7 +65,7 @@ class ContrastWorker(ShardWorker):
         values = np.full(len(table), np.nan, np.float32)
         for unit, rows in by_unit(table["unit"].to_numpy()):
             if unit in features:
-                values[rows] = logp_given(self._captioner, tokens[rows], features[unit], self._length)
+                values[rows] = logp_given(self._captioner, tokens[rows], features[unit])
         columns = [table["unit"], table["beam_rank"], pa.array(values)]
         self._store(row, [(number, pa.table(columns, schema=_COMPARED_SCHEMA))])
         return {}
@@ -109,7 +109,6 @@ class ContrastDescriptions(ShardedStage):
         self._models, self._search, self._source, self._units = models, search, source, units
         self._labeler = contrastive(captioner, search, mu)
         self._encoder = captioner.encoder_name
-        self._length = captioner.length if search.length is None else search.length
         self.name = self._labeler.name
         self.title = self.label = f"descriptions ({self.name})"
 
@@ -137,7 +136,7 @@ class ContrastDescriptions(ShardedStage):
 
     def arguments(self, job: Job) -> dict[str, Any]:
         """The captioner."""
-        return {"search": self._search, "length": self._length}
+        return {"search": self._search}
 
     def merge(self, storage: Storage, output: Output, pieces: Iterable[pa.Table]) -> pa.Table:
         """A layer's candidates, ranked."""

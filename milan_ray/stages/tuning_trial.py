@@ -231,7 +231,7 @@ def _contrasted(
     values = np.full((len(tokens), trial.beam_size or 1), np.nan, np.float32)
     for row, (own, features) in enumerate(zip(tokens, contrasts, strict=True)):
         if features is not None:
-            values[row] = logp_given(captioner, own, features, trial.length)
+            values[row] = logp_given(captioner, own, features)
     return values
 
 

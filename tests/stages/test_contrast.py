@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import argparse
 import io
+import json
 import os
 import shutil
 from collections import defaultdict
@@ -16,6 +18,7 @@ from PIL import Image
 from toys import toy_captioner
 
 from milan_ray import cli
+from milan_ray.cli.describe import search_of
 from milan_ray.config import ContrastConfig, ExemplarConfig, Resources
 from milan_ray.engine.references import ModelRef, ProbeRef
 from milan_ray.engine.stage import run_stage, run_stages
@@ -288,3 +291,39 @@ def test_command_line_describes_with_contrasts_from_nothing(made, photos, tmp_pa
     capsys.readouterr()
     assert cli.main(["describe", *options, "--dry-run"]) == 0
     assert capsys.readouterr().out.startswith("0 tables would be made")
+    audit = ["audit", "--pair", "tiny/cnn", "tiny/twin", "--words", "red"]
+    for verb in (["describe"], audit):
+        for changed, table, reason in CHANGES:
+            assert cli.main([*verb, *options, *changed.split(), "--dry-run", "--json"]) == 0
+            planned = json.loads(capsys.readouterr().out)["planned"]
+            found = {" ".join([step["table"], *step["keys"]]): step["reason"] for step in planned}
+            assert reason in found[table], (changed, found)
+
+
+CHANGES = (
+    ("--mu 0.1", f"descriptions {CONTRAST} tiny/cnn 0", "mu changed"),
+    ("--contrasts 3", f"contrasts {CLIP} tiny/cnn 0", "config changed"),
+    ("--random-contrasts 1", f"contrasts {CLIP} tiny/cnn 0", "config changed"),
+    ("--contrast-quantile 0.4", f"contrasts {CLIP} tiny/cnn 0", "config changed"),
+    ("--contrast-masks whole", "contrast_encodings tiny tiny/cnn 0", "masks changed"),
+)
+"""Option → a table that is stale with it, and why."""
+
+
+def test_setting_chosen_for_contrasts_gives_mu_and_is_refused_without_them(tmp_path):
+    setting = tmp_path / "setting.yaml"
+    setting.write_text("beam_size: 6\nlength: 5\nlam: 0.3\nmu: 0.45\n")
+
+    def options(*more: str) -> argparse.Namespace:
+        command = ["describe", "--model", "m", "--decoder", "toy", "--setting", str(setting), *more]
+        return cli.build_parser().parse_args(command)
+
+    args = options("--contrast", "c")
+    search = search_of(args, "toy")
+    assert (search.lam, search.beam_size, args.mu) == (0.3, 6, 0.45)
+    args = options("--contrast", "c", "--mu", "0.2")
+    search_of(args, "toy")
+    assert args.mu == 0.2
+    with pytest.raises(MilanError, match="--contrast MODEL"):
+        search_of(options(), "toy")
+    assert search_of(options("--lam", "0.2"), "toy").lam == 0.2

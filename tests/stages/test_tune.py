@@ -251,7 +251,7 @@ def test_trials_with_contrasts_equal_ranking_by_hand(storage, tmp_path, monkeypa
             tuning_trial.run_trial({"trial": asdict(trial)}, task)
 
     monkeypatch.setattr(tuning, "_run_trials", here)
-    monkeypatch.setattr(tuning_trial.tuner, "report", lambda scores: None)
+    monkeypatch.setattr("milan_ray.engine.tuner.report", lambda scores: None)
     setting = Tuning(job).run(copy, Resources())
     tried = pl.DataFrame(copy.read(TRIALS, decoder="toy", sweep="contrasts")).filter(pl.col("metric") == "bleu-2")
     split = split_units(20, sweep)
