@@ -49,4 +49,4 @@ def logp_given(captioner: Captioner, tokens: Sequence[Sequence[int]], features: 
         states.append(h)
     log_probs = decoder.output(torch.stack(states, dim=1))
     chosen = log_probs.gather(2, targets.unsqueeze(2)).squeeze(2)
-    return (chosen * used).sum(dim=1).cpu().numpy()
+    return np.asarray((chosen * used).sum(dim=1).cpu())

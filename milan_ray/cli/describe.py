@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from milan_ray.stages.contrasts import ContrastSource
     from milan_ray.stages.descriptions import Search
 
-CONTRAST = ["mu", "contrasts", "random_contrasts", "contrast_quantile", "contrast_masks"]
+CONTRAST = ["mu", "clip_gamma", "contrasts", "random_contrasts", "contrast_quantile", "contrast_masks"]
 """Options of contrastive descriptions."""
 
 
@@ -62,7 +62,7 @@ def run(args: argparse.Namespace, then: Callable[[Plan], None] | None = None) ->
     from milan_ray.stages.descriptions import description_stages, labelers
     from milan_ray.stages.encodings import Encodings
     from milan_ray.stages.exemplars import Exemplars
-    from milan_ray.stages.rerank import reranking_stages
+    from milan_ray.stages.rerank import contrast_reranking_stages, reranking_stages
 
     _check(args)
     storage = open_storage(args)
@@ -88,6 +88,9 @@ def run(args: argparse.Namespace, then: Callable[[Plan], None] | None = None) ->
         if source is not None:
             yield source.images
             yield from contrast_stages(models, search, captioner, encoder, source, args.mu, args.units)
+        if clip is not None and source is not None and args.clip_gamma:
+            contrasted = replace(clip, gamma=args.clip_gamma)
+            yield from contrast_reranking_stages(models, search, captioner, contrasted, source, args.units)
 
     if args.dry_run:
         plan = Plan()

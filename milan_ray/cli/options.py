@@ -264,6 +264,14 @@ def contrast(parser: argparse.ArgumentParser) -> None:
         "model of images and texts that do not excite the unit: a folder, or the name of one in $MILAN_MODELS_DIR",
     )
     number(group, "--mu", None, f"μ (default: the setting's, else {MU:g})", kind=amount)
+    number(
+        group,
+        "--clip-gamma",
+        None,
+        "with --clip, also re-rank by the similarity to the exemplars less N times that to the contrasts, as labeler "
+        "milan+clip-contrast",
+        kind=amount,
+    )
     contrasts(group)
     choice(
         group,

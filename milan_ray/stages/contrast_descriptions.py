@@ -18,9 +18,9 @@ from milan_ray.engine.stage import Job, Known, Layers, Output, Shard, ShardedSta
 from milan_ray.engine.tasks import FEW_ROWS
 from milan_ray.labelers.milan import ContrastiveInformation, by_unit
 from milan_ray.labelers.protocol import Evidence
-from milan_ray.schema import CANDIDATES, CONTRAST_ENCODINGS, CONTRASTS, DESCRIPTIONS
+from milan_ray.schema import CANDIDATES, CONTRAST_ENCODINGS, DESCRIPTIONS
 from milan_ray.stages.captioners import EncoderRef, load_captioner
-from milan_ray.stages.contrasts import ContrastEncodings, Contrasts, ContrastSource
+from milan_ray.stages.contrasts import ContrastEncodings, Contrasts, ContrastSource, contrasts_metadata
 from milan_ray.stages.descriptions import (
     Search,
     candidates_of,
@@ -29,7 +29,7 @@ from milan_ray.stages.descriptions import (
     read_candidates,
 )
 from milan_ray.stages.encodings import only_units, unit_features
-from milan_ray.storage import CONTRASTS_KEY, Storage
+from milan_ray.storage import Storage
 
 UNITS_PER_SHARD = 32
 """Units per shard."""
@@ -148,11 +148,6 @@ class ContrastDescriptions(ShardedStage):
         keys = self._source.keys(output.model, output.layer)
         further = {"mu": str(self._labeler.mu), **contrasts_metadata(storage, keys)}
         return described(output, self._labeler, labels, exemplars, self._search.name, further)
-
-
-def contrasts_metadata(storage: Storage, keys: dict[str, str]) -> dict[str, str]:
-    """Metadata of descriptions that were made with contrasts: where these are, and their configuration hash."""
-    return {"contrasts": keys["encoder"], CONTRASTS_KEY: storage.all_units_of(CONTRASTS, **keys)}
 
 
 def contrast_stages(

@@ -34,12 +34,11 @@ from milan_ray.exemplars.contrasts import CONTRASTS_VERSION, RANDOM, SIMILAR, ch
 from milan_ray.exemplars.masks import mask_size
 from milan_ray.exemplars.pooled import matrix
 from milan_ray.schema import CONTRAST_ENCODINGS, CONTRASTS, EXEMPLARS, IMAGE_EMBEDDINGS, POOLED, Table
-from milan_ray.stages.captioners import EncoderRef
 from milan_ray.stages.embeddings import ImageEmbeddings, embedded_ids, embeddings_of, padded, products
 from milan_ray.stages.encodings import KERNEL_VERSION as ENCODINGS_VERSION
-from milan_ray.stages.encodings import Encodings, Masked, only_units
+from milan_ray.stages.encodings import AnyEncoderRef, Encodings, Masked, only_units
 from milan_ray.stages.images import ExemplarImages, ensure_views
-from milan_ray.storage import EXEMPLARS_KEY, Storage
+from milan_ray.storage import CONTRASTS_KEY, EXEMPLARS_KEY, Storage
 
 UNITS_PER_SHARD = 64
 """Units per shard, which bounds memory: images × units × 4 bytes, and the probe's embeddings."""
@@ -225,7 +224,7 @@ class ContrastEncodings(Encodings):
     name = label = "contrast_encodings"
 
     def __init__(
-        self, models: Layers, encoder: EncoderRef, source: ContrastSource, units: tuple[int, ...] = ()
+        self, models: Layers, encoder: AnyEncoderRef, source: ContrastSource, units: tuple[int, ...] = ()
     ) -> None:
         super().__init__(models, encoder, units)
         self._source = source
@@ -296,3 +295,8 @@ class MaskedContrasts:
 def _units_and(table: pa.Table, column: str) -> Iterator[tuple[int, int]]:
     """Yields (unit, value of a column) of every row."""
     return zip(table["unit"].to_pylist(), table[column].to_pylist(), strict=True)
+
+
+def contrasts_metadata(storage: Storage, keys: dict[str, str]) -> dict[str, str]:
+    """Metadata of descriptions that were made with contrasts: where these are, and their configuration hash."""
+    return {"contrasts": keys["encoder"], CONTRASTS_KEY: storage.all_units_of(CONTRASTS, **keys)}

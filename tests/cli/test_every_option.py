@@ -206,6 +206,7 @@ ROWS: dict[str, str] = {
     "--bf16": NAMES,
     "--contrast": CONTRASTS,
     "--mu": CONTRASTS,
+    "--clip-gamma": "stages/test_contrast.py::test_reranking_sets_exemplars_against_contrasts",
     "--contrasts": CONTRASTS,
     "--random-contrasts": CONTRASTS,
     "--contrast-quantile": CONTRASTS,

@@ -26,6 +26,8 @@ from milan_ray.engine.status import status
 from milan_ray.errors import MilanError
 from milan_ray.exemplars import masks
 from milan_ray.exemplars.pooled import matrix
+from milan_ray.labelers.clip import CLIP as CLIP_PLAIN
+from milan_ray.labelers.clip import CLIP_CONTRAST
 from milan_ray.labelers.milan import CONTRAST, MILAN
 from milan_ray.models.image_text import ImageTextRef
 from milan_ray.schema import (
@@ -33,6 +35,7 @@ from milan_ray.schema import (
     CONTRAST_ENCODINGS,
     CONTRASTS,
     DESCRIPTIONS,
+    ENCODINGS,
     EXEMPLARS,
     IMAGE_EMBEDDINGS,
     POOLED,
@@ -45,7 +48,7 @@ from milan_ray.stages.contrast_descriptions import contrast_stages
 from milan_ray.stages.contrasts import Contrasts, ContrastSource
 from milan_ray.stages.descriptions import Search, run_descriptions
 from milan_ray.stages.embeddings import ImageEmbeddings, rows_of
-from milan_ray.stages.encodings import Encodings
+from milan_ray.stages.encodings import Encodings, unit_features
 from milan_ray.stages.exemplars import Exemplars
 from milan_ray.stages.scores import ScoreConfig, described_layers, run_scores, score_stages
 from milan_ray.storage import CONTRASTS_KEY, Storage
@@ -298,6 +301,39 @@ def test_command_line_describes_with_contrasts_from_nothing(made, photos, tmp_pa
             planned = json.loads(capsys.readouterr().out)["planned"]
             found = {" ".join([step["table"], *step["keys"]]): step["reason"] for step in planned}
             assert reason in found[table], (changed, found)
+
+
+def test_reranking_sets_exemplars_against_contrasts(made, photos, tmp_path, capsys, monkeypatch):
+    storage, source = made
+    monkeypatch.setenv("MILAN_MODELS_DIR", str(Path(source.images.ref.folder).parent))
+    run = Storage(shutil.copytree(storage.root, tmp_path / "run"))
+    options = ["--model", "tiny/cnn", "--layers", "2", "--plugin", PLUGIN, "--probe", str(photos)]
+    options += ["--storage", run.root, "--no-report", "--decoder", "toy", "--k", "3", "--batch-size", "16"]
+    options += ["--beam-size", "6", "--lam", "0.5", "--length", "5", "--contrast", CLIP, "--mu", str(MU)]
+    options += ["--contrasts", "4", "--random-contrasts", "2", "--clip", CLIP, "--clip-z", "1", "--clip-beam-size", "5"]
+    keys = {"model": "tiny/cnn", "layer": "2"}
+    assert cli.main(["describe", *options, "--clip-gamma", "0.7"]) == 0
+    exemplars, others = (
+        unit_features(run.read(table, encoder=CLIP, **keys)) for table in (ENCODINGS, CONTRAST_ENCODINGS)
+    )
+    rows = run.read(DESCRIPTIONS, labeler=CLIP_CONTRAST, **keys).to_pylist()
+    plain = run.read(DESCRIPTIONS, labeler=CLIP_PLAIN, **keys).to_pylist()
+    candidates = run.read(CANDIDATES, decoder="toy+clip", **keys).to_pylist()
+    for row in rows:
+        own, other = (np.split(of[row["unit"]], 2, axis=1)[1].mean(axis=0) for of in (exemplars, others))
+        texts = sorted({each["text"] for each in candidates if each["unit"] == row["unit"]})
+        scores = source.images.embedder.embed_texts(texts).numpy() @ (own - 0.7 * other)
+        for label in row["n_best"]:
+            assert min(abs(scores - label["score"])) < 1e-4  # z = 1: whole images
+    assert [row["unit"] for row in rows] == [row["unit"] for row in plain]
+    assert [row["score"] for row in rows] != [row["score"] for row in plain]
+    meta = run.metadata(DESCRIPTIONS, labeler=CLIP_CONTRAST, **keys) or {}
+    assert meta["contrasts"] == CLIP and meta["gamma"] == "0.7"
+    capsys.readouterr()
+    assert cli.main(["describe", *options, "--clip-gamma", "0.7", "--dry-run"]) == 0
+    assert capsys.readouterr().out.startswith("0 tables would be made")
+    assert cli.main(["describe", *options, "--clip-gamma", "0.2", "--dry-run"]) == 0
+    assert "gamma changed" in capsys.readouterr().out
 
 
 CHANGES = (
