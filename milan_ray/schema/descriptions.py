@@ -94,8 +94,9 @@ DESCRIPTIONS = Table(
         Column(
             "score",
             pa.float32(),
-            "the labeler's own; milan: log p(d|E) − λ·log p(d), nats, and milan-contrast less μ·log p(d|C); milan+clip: a mean "
-            "cosine, with -contrast less γ times another; netdissect and compexp: intersection over union; clip-dissect: its similarity, comparable inside one layer; "
+            "the labeler's own; milan: log p(d|E) − λ·log p(d), nats; milan-contrast: less μ·log p(d|C); milan+clip: a "
+            "mean cosine, with -contrast less γ times another; netdissect and compexp: intersection over union; "
+            "clip-dissect: its similarity, comparable inside one layer; "
             "dnd: its scoring function's, comparable inside one unit",
         ),
         Column("logp_d_given_e", pa.float32(), "log p(d|E), nats; null for labelers without one", True),

@@ -207,6 +207,7 @@ ROWS: dict[str, str] = {
     "--contrast": CONTRASTS,
     "--mu": CONTRASTS,
     "--clip-gamma": "stages/test_contrast.py::test_reranking_sets_exemplars_against_contrasts",
+    "label --mu": f"{LABEL}::test_contrasts_are_asked_for_by_mu",
     "--contrasts": CONTRASTS,
     "--random-contrasts": CONTRASTS,
     "--contrast-quantile": CONTRASTS,
