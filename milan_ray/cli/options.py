@@ -23,7 +23,7 @@ from milan_ray.config import FLOAT32, ContrastConfig, ExemplarConfig
 
 EXEMPLARS, CONTRASTS = ExemplarConfig(), ContrastConfig()
 
-MU = 0.2
+MU = 0.3
 """μ of contrastive descriptions."""
 
 
