@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from milan_ray.engine.planner import Plan
     from milan_ray.engine.stage import ShardedStage, TaskStage
     from milan_ray.labelers.clip import Clip
+    from milan_ray.stages.captioners import EncoderRef
     from milan_ray.stages.contrasts import ContrastSource
     from milan_ray.stages.descriptions import Search
 
@@ -58,11 +59,8 @@ def run(args: argparse.Namespace, then: Callable[[Plan], None] | None = None) ->
     from milan_ray.labelers.clip import CLIP
     from milan_ray.stages.annotations_export import exemplar_layers
     from milan_ray.stages.captioners import about_captioner, load_captioner
-    from milan_ray.stages.contrast_descriptions import contrast_stages
-    from milan_ray.stages.descriptions import description_stages, labelers
-    from milan_ray.stages.encodings import Encodings
+    from milan_ray.stages.descriptions import labelers
     from milan_ray.stages.exemplars import Exemplars
-    from milan_ray.stages.rerank import contrast_reranking_stages, reranking_stages
 
     _check(args)
     storage = open_storage(args)
@@ -80,18 +78,7 @@ def run(args: argparse.Namespace, then: Callable[[Plan], None] | None = None) ->
     else:
         exemplars = Exemplars(model_refs(args), probe_ref(args), exemplar_config(args))
 
-    def stages(models: Mapping[str, Sequence[str]]) -> Iterator[ShardedStage | TaskStage]:
-        yield Encodings(models, encoder, args.units)
-        yield from description_stages(models, search, captioner, args.units)
-        if clip is not None:
-            yield from reranking_stages(models, search, captioner, clip, args.units)
-        if source is not None:
-            yield source.images
-            yield from contrast_stages(models, search, captioner, encoder, source, args.mu, args.units)
-        if clip is not None and source is not None and args.clip_gamma:
-            contrasted = replace(clip, gamma=args.clip_gamma)
-            yield from contrast_reranking_stages(models, search, captioner, contrasted, source, args.units)
-
+    stages = _stages(args, search, captioner, encoder, clip, source)
     if args.dry_run:
         plan = Plan()
         if args.probe is not None:
@@ -114,6 +101,33 @@ def run(args: argparse.Namespace, then: Callable[[Plan], None] | None = None) ->
     report_on(args, storage, list(present), {"About the descriptions": about} if about else None)
     say_distinct(args, storage, present, CLIP if clip else labelers(captioner, search)[-1].name)
     return close(args, "descriptions", present, failed)
+
+
+def _stages(
+    args: argparse.Namespace,
+    search: Search,
+    captioner: Captioner,
+    encoder: EncoderRef,
+    clip: Clip | None,
+    source: ContrastSource | None,
+) -> Callable[[Mapping[str, Sequence[str]]], Iterator[ShardedStage | TaskStage]]:
+    """The stages that describe dissected models, given as model → layers."""
+    from milan_ray.stages.contrast_descriptions import contrast_stages
+    from milan_ray.stages.descriptions import description_stages
+    from milan_ray.stages.encodings import Encodings
+    from milan_ray.stages.rerank import contrast_reranking_stages, reranking_stages
+
+    def stages(models: Mapping[str, Sequence[str]]) -> Iterator[ShardedStage | TaskStage]:
+        yield Encodings(models, encoder, args.units)
+        yield from description_stages(models, search, captioner, args.units)
+        if clip is not None:
+            yield from reranking_stages(models, search, captioner, clip, args.units)
+        if source is not None:
+            yield source.images
+            yield from contrast_stages(models, search, captioner, encoder, source, args.mu, args.units)
+            yield from contrast_reranking_stages(models, search, captioner, clip, source, args.units)
+
+    return stages
 
 
 def _check(args: argparse.Namespace) -> None:
@@ -141,7 +155,8 @@ def _clip(args: argparse.Namespace) -> Clip | None:
     if args.clip is None:
         return None
     folder = absolute("--clip", args.clip) if Path(args.clip).parent != Path(".") else args.clip
-    return Clip(find_image_text(folder or DEFAULT), args.clip_z, args.clip_beam_size, args.clip_lam)
+    gamma = args.clip_gamma or 0.0
+    return Clip(find_image_text(folder or DEFAULT), args.clip_z, args.clip_beam_size, args.clip_lam, gamma)
 
 
 def _contrast(args: argparse.Namespace, captioner: Captioner, search: Search) -> ContrastSource | None:

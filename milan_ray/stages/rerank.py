@@ -217,7 +217,7 @@ def reranking_stages(
     return (
         Candidates(models, wide, captioner, units),
         Encodings(models, clip, units),
-        Reranked(models, wide, clip, units),
+        Reranked(models, wide, replace(clip, gamma=0.0), units),
     )
 
 
@@ -225,22 +225,24 @@ def contrast_reranking_stages(
     models: Layers,
     search: Search,
     captioner: Captioner,
-    clip: Clip,
+    clip: Clip | None,
     source: ContrastSource,
     units: tuple[int, ...] = (),
-) -> tuple[ContrastEncodings, Reranked]:
+) -> list[ShardedStage]:
     """The stages that re-rank the same candidates with contrasts, after those of :func:`reranking_stages`.
 
     Args:
         models: Model name → layers.
         search: The captioner's own search.
         captioner: The search's captioner.
-        clip: How to re-rank, γ above 0.
+        clip: How to re-rank; None, or γ = 0, for not at all.
         source: What the contrasts were chosen from.
         units: The units of every layer to describe; empty for all.
     """
+    if clip is None or not clip.gamma:
+        return []
     wide = wide_search(captioner, search, clip)
-    return (
+    return [
         ContrastEncodings(models, clip, source, units),
         Reranked(models, wide, clip, units, source.images.ref.name),
-    )
+    ]
