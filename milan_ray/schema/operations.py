@@ -108,7 +108,7 @@ TRIALS = Table(
         Column("high", pa.float64(), "upper end of the 95 % bootstrap interval over units"),
         Column("n", pa.int64(), "units behind the value"),
         Column("chosen", pa.bool_(), "whether this is the setting that was chosen"),
-        Column("mu", pa.float64(), "μ; 0 where contrasts are not used"),
+        Column("mu", pa.float64(), "μ; 0 where contrasts are not used; earlier versions lack it", added=True),
     ),
     "One measure of one way to decode.",
 )

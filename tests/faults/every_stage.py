@@ -17,7 +17,7 @@ from milan_ray.annotations.layout import write_annotations
 from milan_ray.annotations.load import load
 from milan_ray.captioner.captioner import Captioner
 from milan_ray.captioner.fit import Sizes
-from milan_ray.config import ExemplarConfig, Resources, TrainingConfig
+from milan_ray.config import ContrastConfig, ExemplarConfig, Resources, TrainingConfig
 from milan_ray.engine import tuner
 from milan_ray.engine.cluster import connected
 from milan_ray.engine.references import ModelRef, ProbeRef
@@ -31,6 +31,8 @@ from milan_ray.models.image_text import ImageTextRef
 from milan_ray.schema import (
     ANNOTATIONS,
     CANDIDATES,
+    CONTRAST_ENCODINGS,
+    CONTRASTS,
     DESCRIPTIONS,
     DRAWINGS,
     ENCODINGS,
@@ -49,6 +51,8 @@ from milan_ray.stages.annotations_import import run_import
 from milan_ray.stages.captioners import EncoderRef, load_captioner, save_captioner
 from milan_ray.stages.clip_dissect import clip_dissect_stages
 from milan_ray.stages.concept_labels import ConceptLabels, LabelConfig
+from milan_ray.stages.contrast_descriptions import contrast_stages
+from milan_ray.stages.contrasts import ContrastSource
 from milan_ray.stages.cosy import CosyConfig, CosyScores
 from milan_ray.stages.descriptions import Search, run_descriptions
 from milan_ray.stages.dnd import stage as dnd
@@ -110,6 +114,11 @@ def annotate(storage: Storage) -> None:
     columns: dict[str, object] = {key: [value] * len(texts) for key, value in keys.items()}
     columns |= {"unit": range(len(texts)), "annotator": ["1"] * len(texts), "text": texts}
     storage.write(ANNOTATIONS, ANNOTATIONS.table(columns), "said", **keys)
+
+
+def contrast(storage: Storage, probe: ProbeRef, ref: ImageTextRef) -> None:
+    source = ContrastSource(ImageEmbeddings(ref, probe), {"tiny/cnn": CNN}, CONFIG, ContrastConfig(3, 2))
+    run_stages(contrast_stages(LAYERS, SEARCH, load_captioner(storage, "toy"), ENCODER, source, 0.3), storage, HERE)
 
 
 def teach(storage: Storage) -> None:
@@ -272,6 +281,10 @@ def stages(photos, save_clip, tmp_path_factory) -> dict[str, dict[str, Stage]]:
             {IMAGE_EMBEDDINGS: "image_embeddings"},
         ),
         "text embeddings": Stage(lambda place: text_embeddings(place, texts, embedder, HERE), {}),
+        "contrast": Stage(
+            lambda place: contrast(place, probe, embedder),
+            {CONTRASTS: "contrasts", CONTRAST_ENCODINGS: "contrast_encodings"},
+        ),
     }
     fields = {
         "dissected": Stage(look, exemplars),
