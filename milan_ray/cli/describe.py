@@ -195,12 +195,12 @@ def search_of(args: argparse.Namespace, decoder: str) -> Search:
     from milan_ray.stages.tuning_statistics import read_setting  # imports polars
 
     setting = read_setting(read_text("--setting", args.setting), args.setting)
-    if setting.mu and args.contrast is None and args.lam is None:
+    if setting.mu and getattr(args, "contrast", None) is None and args.lam is None:  # jobs.baselines has no contrasts
         raise MilanError(
             f"{args.setting} has μ = {setting.mu:g}, which was chosen together with its λ: give --contrast MODEL, or "
             "another λ with --lam."
         )
-    if setting.mu and args.mu is None:
+    if setting.mu and getattr(args, "mu", 0.0) is None:
         args.mu = setting.mu
     values = asdict(setting)
     del values["mu"]
