@@ -182,6 +182,24 @@ BLEU, LOSS = STOP_BY = ("bleu", "loss")
 
 
 @dataclass(frozen=True)
+class ContrastConfig:
+    """Which contrasts are chosen.
+
+    Attributes:
+        similar: Images per unit that are most like its exemplars, among those that do not excite it.
+        random: Further images per unit, drawn from those that do not excite it.
+        quantile: The criterion: an image does not excite a unit if its activation, the maximum over positions, is at
+            most this quantile of the unit's activations over the probe, and below that of every exemplar.
+        seed: Seed of the random ones.
+    """
+
+    similar: int = 15
+    random: int = 15
+    quantile: float = 0.5
+    seed: int = 0
+
+
+@dataclass(frozen=True)
 class TrainingConfig:
     """Training of decoder and language model; defaults are the paper's.
 

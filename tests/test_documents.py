@@ -44,7 +44,7 @@ ELSEWHERE = {
 """Options of Ray, pip and others that the documents name, and of every program."""
 
 
-ON_THE_DEMO = "(?!edit|.*world/(clip|superposed)).* world/(resnet|planted|probe)"
+ON_THE_DEMO = "(?!edit|.*world/(clip|superposed)|.*milan-contrast).* world/(resnet|planted|probe)"
 
 NOT_RUN = {
     "models --conformance": "a quarter of an hour: tests/benchmarks/test_conformance.py runs a sample",
@@ -64,6 +64,7 @@ NOT_RUN = {
     "describe .*--milan base.clip|dnd --model resnet50": "big models to download: tests/pipelines has tiny ones",
     "dnd .*--llm smollm2": "a language model of 98 MB: tests/models/test_chat.py reads a tiny one",
     "label .*(--segmentation deeplab|/labelled)": "a network of one's own: tests/examples/test_label_maps.py has one",
+    "describe .*--contrast|(compare|score) .*milan-contrast": "what the demo with --clip trains, for minutes",
     "label --model resnet18": "Broden's concept maps: tests/stages/test_label_pipeline.py has some",
     "(analyze|paste) --model resnet18": "ImageNet's classes: tests/pipelines has other ones",
 }

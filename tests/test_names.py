@@ -101,7 +101,7 @@ NO_NAMES = {
 
 LOOKED_UP = {
     "--annotations", "--captioner", "--clip", "--decoder", "--encoder", "--fine-tune", "--generator", "--group",
-    "--labeler", "--language", "--layers", "--llm", "--milan", "--model", "--pair", "--plugin", "--probe",
+    "--contrast", "--labeler", "--language", "--layers", "--llm", "--milan", "--model", "--pair", "--plugin", "--probe",
     "--features", "--layer",
     "--segmentation", "--semantic", "--source", "--test", "--weights", "--zoo", "model", "name", "other",
 }  # fmt: skip

@@ -25,6 +25,11 @@ def rescore(logp_d_given_e: Values, logp_d: Values, lam: float) -> Values:
     return logp_d_given_e - lam * logp_d
 
 
+def contrast(scores: np.ndarray, contrasted: np.ndarray, mu: float) -> np.ndarray:
+    """Scores less μ log p(d|C), nats, for arrays of one shape; NaN, where there are no contrasts, subtracts nothing."""
+    return np.asarray(scores - mu * np.nan_to_num(contrasted, nan=0.0))
+
+
 def complete(texts: Sequence[str], finished: np.ndarray) -> np.ndarray:
     """Whether a unit's candidates are whole descriptions: they reached ``<stop>``, and do not break off; bool (N,)."""
     whole: np.ndarray = finished & ~np.fromiter(map(breaks_off, texts), bool, len(texts))

@@ -56,6 +56,7 @@ def add(parser: argparse.ArgumentParser) -> None:
         parser,
         options.exemplars,
         options.clip,
+        options.contrast,
         options.search,
         options.units,
         options.download,
@@ -126,7 +127,8 @@ def _refuse(args: argparse.Namespace) -> None:
         if args.pair:
             refuse(args, ["model"], "with --pair", "leave out --pair")
         describing = "layers clip clip_z clip_beam_size clip_lam setting lam beam_size length units encoder_weights"
-        names = [*DISSECTION, *describing.split(), "download", "reference_quirks", *CLUSTER]
+        contrast = ["contrast", *describe.CONTRAST]
+        names = [*DISSECTION, *describing.split(), *contrast, "download", "reference_quirks", *CLUSTER]
         remedy = "give a --decoder or --milan that describes the networks first"
         refuse(args, names, "of networks that are described already,", remedy)
 

@@ -77,8 +77,12 @@ def absolute(option: str, path: str) -> str:
     return str(Path(path).expanduser().absolute())
 
 
-def image_text_ref(args: argparse.Namespace) -> ImageTextRef:
-    """Finds the image-text model of ``--clip``: a folder, a folder in $MILAN_MODELS_DIR, or a registered model.
+def image_text_ref(args: argparse.Namespace, option: str = "--clip") -> ImageTextRef:
+    """Finds the image-text model of an option: a folder, a folder in $MILAN_MODELS_DIR, or a registered model.
+
+    Args:
+        args: The options.
+        option: The one that names it.
 
     Raises:
         MilanError: There is no such model.
@@ -87,9 +91,9 @@ def image_text_ref(args: argparse.Namespace) -> ImageTextRef:
     from milan_ray.plugins import load_plugins
 
     load_plugins(args.plugin)
-    name = args.clip or DEFAULT
+    name = getattr(args, option.removeprefix("--")) or DEFAULT
     if not is_registered(name) and Path(name).parent != Path("."):
-        name = absolute("--clip", name)
+        name = absolute(option, name)
     return ImageTextRef(find_image_text(name))
 
 

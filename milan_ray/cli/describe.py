@@ -15,6 +15,7 @@ from milan_ray.cli.build_configs import (
     encoder_ref,
     exemplar_config,
     find_captioner,
+    image_text_ref,
     model_refs,
     open_storage,
     probe_ref,
@@ -22,18 +23,27 @@ from milan_ray.cli.build_configs import (
 )
 from milan_ray.cli.refusals import DISSECTION, refuse
 from milan_ray.cli.summary import close, report_on, say_distinct, show_plan
+from milan_ray.errors import MilanError
 
 if TYPE_CHECKING:
+    from milan_ray.captioner.captioner import Captioner
     from milan_ray.engine.planner import Plan
     from milan_ray.engine.stage import ShardedStage, TaskStage
     from milan_ray.labelers.clip import Clip
+    from milan_ray.stages.captioners import EncoderRef
+    from milan_ray.stages.contrasts import ContrastSource
     from milan_ray.stages.descriptions import Search
+
+CONTRAST = ["mu", "clip_gamma", "contrasts", "random_contrasts", "contrast_quantile", "contrast_masks"]
+"""Options of contrastive descriptions."""
 
 
 def add(parser: argparse.ArgumentParser) -> None:
     """Adds the subcommand's options."""
     options.probe(parser, required=False)
-    options.add_to(parser, options.captioner, options.clip, options.search, options.units, options.dissection)
+    options.add_to(
+        parser, options.captioner, options.clip, options.contrast, options.search, options.units, options.dissection
+    )
 
 
 def run(args: argparse.Namespace, then: Callable[[Plan], None] | None = None) -> int:
@@ -49,13 +59,10 @@ def run(args: argparse.Namespace, then: Callable[[Plan], None] | None = None) ->
     from milan_ray.labelers.clip import CLIP
     from milan_ray.stages.annotations_export import exemplar_layers
     from milan_ray.stages.captioners import about_captioner, load_captioner
-    from milan_ray.stages.descriptions import description_stages, labelers
-    from milan_ray.stages.encodings import Encodings
+    from milan_ray.stages.descriptions import labelers
     from milan_ray.stages.exemplars import Exemplars
-    from milan_ray.stages.rerank import reranking_stages
 
-    if args.probe is None:
-        refuse(args, DISSECTION, "without --probe exemplars are taken as the storage has them, and", "give --probe too")
+    _check(args)
     storage = open_storage(args)
     clip = _clip(args)
     decoder = find_captioner(args, storage)
@@ -63,6 +70,7 @@ def run(args: argparse.Namespace, then: Callable[[Plan], None] | None = None) ->
     encoder = encoder_ref(args, captioner.encoder_name, storage, decoder)
     encoder.load()
     search = search_of(args, decoder)
+    source = _contrast(args, captioner, search)
     present: Mapping[str, Sequence[str]] = {}
     failed: dict[str, str] = {}
     if args.probe is None:
@@ -70,12 +78,7 @@ def run(args: argparse.Namespace, then: Callable[[Plan], None] | None = None) ->
     else:
         exemplars = Exemplars(model_refs(args), probe_ref(args), exemplar_config(args))
 
-    def stages(models: Mapping[str, Sequence[str]]) -> Iterator[ShardedStage | TaskStage]:
-        yield Encodings(models, encoder, args.units)
-        yield from description_stages(models, search, captioner, args.units)
-        if clip is not None:
-            yield from reranking_stages(models, search, captioner, clip, args.units)
-
+    stages = _stages(args, search, captioner, encoder, clip, source)
     if args.dry_run:
         plan = Plan()
         if args.probe is not None:
@@ -100,6 +103,44 @@ def run(args: argparse.Namespace, then: Callable[[Plan], None] | None = None) ->
     return close(args, "descriptions", present, failed)
 
 
+def _stages(
+    args: argparse.Namespace,
+    search: Search,
+    captioner: Captioner,
+    encoder: EncoderRef,
+    clip: Clip | None,
+    source: ContrastSource | None,
+) -> Callable[[Mapping[str, Sequence[str]]], Iterator[ShardedStage | TaskStage]]:
+    """The stages that describe dissected models, given as model → layers."""
+    from milan_ray.stages.contrast_descriptions import contrast_stages
+    from milan_ray.stages.descriptions import description_stages
+    from milan_ray.stages.encodings import Encodings
+    from milan_ray.stages.rerank import contrast_reranking_stages, reranking_stages
+
+    def stages(models: Mapping[str, Sequence[str]]) -> Iterator[ShardedStage | TaskStage]:
+        yield Encodings(models, encoder, args.units)
+        yield from description_stages(models, search, captioner, args.units)
+        if clip is not None:
+            yield from reranking_stages(models, search, captioner, clip, args.units)
+        if source is not None:
+            yield source.images
+            yield from contrast_stages(models, search, captioner, encoder, source, args.mu, args.units)
+            yield from contrast_reranking_stages(models, search, captioner, clip, source, args.units)
+
+    return stages
+
+
+def _check(args: argparse.Namespace) -> None:
+    """Rejects options that would have no effect; contrasts need pooled activations, which are then made too."""
+    if args.probe is None:
+        remedy = "give --probe too"
+        refuse(args, DISSECTION, "without --probe exemplars are taken as the storage has them, and", remedy)
+        refuse(args, ["contrast"], "without --probe, which has the images that do not excite a unit,", remedy)
+    if args.contrast is None:
+        refuse(args, CONTRAST, "without --contrast", "name a model of images and texts with it")
+    args.pooled = args.pooled or args.contrast is not None
+
+
 def _clip(args: argparse.Namespace) -> Clip | None:
     """Configures re-ranking if ``--clip`` or the suffix ``+clip`` of a captioner's name (removed here) requests it."""
     from milan_ray.labelers.clip import Clip
@@ -114,11 +155,37 @@ def _clip(args: argparse.Namespace) -> Clip | None:
     if args.clip is None:
         return None
     folder = absolute("--clip", args.clip) if Path(args.clip).parent != Path(".") else args.clip
-    return Clip(find_image_text(folder or DEFAULT), args.clip_z, args.clip_beam_size, args.clip_lam)
+    gamma = args.clip_gamma or 0.0
+    return Clip(find_image_text(folder or DEFAULT), args.clip_z, args.clip_beam_size, args.clip_lam, gamma)
+
+
+def _contrast(args: argparse.Namespace, captioner: Captioner, search: Search) -> ContrastSource | None:
+    """Configures contrastive descriptions if ``--contrast`` requests them.
+
+    Raises:
+        MilanError: μ does not fit λ, the model of images and texts is missing, or the probe holds latents.
+    """
+    from milan_ray.config import ContrastConfig
+    from milan_ray.stages.contrast_descriptions import contrastive
+    from milan_ray.stages.contrasts import ContrastSource
+    from milan_ray.stages.embeddings import ImageEmbeddings
+
+    if args.contrast is None:
+        return None
+    args.mu = options.MU if args.mu is None else args.mu
+    contrastive(captioner, search, args.mu)
+    config = ContrastConfig(args.contrasts, args.random_contrasts, args.contrast_quantile)
+    images = ImageEmbeddings(image_text_ref(args, "--contrast"), probe_ref(args))
+    models = {ref.name: ref for ref in model_refs(args)}
+    return ContrastSource(images, models, exemplar_config(args), config, args.contrast_masks)
 
 
 def search_of(args: argparse.Namespace, decoder: str) -> Search:
-    """Configures the search, from the options, or else the setting, or else the captioner's defaults."""
+    """Configures the search, from the options, or else the setting, or else the captioner's defaults; and sets μ.
+
+    Raises:
+        MilanError: The setting was chosen for contrasts, and there are none.
+    """
     from milan_ray.captioner.quirks import NO_QUIRKS, REFERENCE
     from milan_ray.stages.descriptions import Search
 
@@ -128,4 +195,13 @@ def search_of(args: argparse.Namespace, decoder: str) -> Search:
     from milan_ray.stages.tuning_statistics import read_setting  # imports polars
 
     setting = read_setting(read_text("--setting", args.setting), args.setting)
-    return replace(search, **{name: value for name, value in asdict(setting).items() if getattr(args, name) is None})
+    if setting.mu and getattr(args, "contrast", None) is None and args.lam is None:  # jobs.baselines has no contrasts
+        raise MilanError(
+            f"{args.setting} has μ = {setting.mu:g}, which was chosen together with its λ: give --contrast MODEL, or "
+            "another λ with --lam."
+        )
+    if setting.mu and getattr(args, "mu", 0.0) is None:
+        args.mu = setting.mu
+    values = asdict(setting)
+    del values["mu"]
+    return replace(search, **{name: value for name, value in values.items() if getattr(args, name) is None})

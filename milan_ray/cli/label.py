@@ -7,15 +7,20 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from milan_ray.cli import options
-from milan_ray.cli.arguments import choice, fraction, integer, names, string
+from milan_ray.cli.arguments import amount, choice, fraction, integer, names, number, string
 from milan_ray.cli.build_configs import cluster, exemplar_config, image_text_ref, opened, read_text
 from milan_ray.cli.refusals import refuse
 from milan_ray.cli.summary import close, report_on, show_plan
+from milan_ray.config import ContrastConfig
 from milan_ray.errors import MilanError
 
 if TYPE_CHECKING:
     from milan_ray.labelers.clip_dissect import ClipDissect
     from milan_ray.stages.concept_labels import LabelConfig
+
+
+CONTRASTS = ["contrasts", "random_contrasts", "contrast_quantile"]
+"""Options on which contrasts are chosen."""
 
 
 def add(parser: argparse.ArgumentParser) -> None:
@@ -61,6 +66,15 @@ def add(parser: argparse.ArgumentParser) -> None:
     fraction(
         group, "--hold-out", 0.0, "share of the probe's images left out, so that jobs.score --held-out can use them"
     )
+    number(
+        group,
+        "--mu",
+        None,
+        "subtract N times the similarity to images like the unit's exemplars that do not excite it, as labeler "
+        "clip-dissect-contrast; for soft_wpmi and wpmi (default: none)",
+        kind=amount,
+    )
+    options.contrasts(group)
     options.add_to(parser, options.units, options.dissection)
 
 
@@ -72,6 +86,8 @@ def run(args: argparse.Namespace) -> int:
     from milan_ray.engine.tasks import models_apart
     from milan_ray.stages.clip_dissect import clip_dissect_stages
     from milan_ray.stages.concept_labels import ConceptLabels, check_concepts
+    from milan_ray.stages.contrasts import ContrastSource
+    from milan_ray.stages.embeddings import ImageEmbeddings
     from milan_ray.stages.exemplars import Exemplars
 
     how, dissect = _labelers(args)
@@ -83,6 +99,10 @@ def run(args: argparse.Namespace) -> int:
     args.pooled = args.pooled or dissect is not None
     config = exemplar_config(args)
     exemplars = Exemplars(models, probe, config)
+    contrasts = None
+    if dissect is not None and judge is not None and dissect.mu:
+        chosen = ContrastConfig(args.contrasts, args.random_contrasts, args.contrast_quantile)
+        contrasts = ContrastSource(ImageEmbeddings(judge, probe), {ref.name: ref for ref in models}, config, chosen)
 
     def by_concept_maps(layers: Mapping[str, Sequence[str]]) -> ConceptLabels:
         return ConceptLabels(layers, models, probe, config, how, args.units)
@@ -90,7 +110,7 @@ def run(args: argparse.Namespace) -> int:
     def by_concepts(layers: Mapping[str, Sequence[str]]) -> list[RunnableStage]:
         if dissect is None or judge is None:
             return []
-        return clip_dissect_stages(layers, probe, dissect, judge, args.units)
+        return clip_dissect_stages(layers, probe, dissect, judge, args.units, contrasts)
 
     if args.dry_run:
         plan = Plan.of(storage, [exemplars])
@@ -128,10 +148,12 @@ def _labelers(args: argparse.Namespace) -> tuple[LabelConfig, ClipDissect | None
     for labelers, own in (
         ([CompExp.name], ["formula_beam_size", "formula_length"]),
         (list(known), ["legend", "segmentation", "grid"]),
-        ([CLIP_DISSECT], ["clip", "concepts", "similarity", "pooling", "hold_out"]),
+        ([CLIP_DISSECT], ["clip", "concepts", "similarity", "pooling", "hold_out", "mu", *CONTRASTS]),
     ):
         if not set(labelers) & set(args.labeler):
             refuse(args, own, f"without --labeler {' or '.join(labelers)}", "add that labeler")
+    if not args.mu:
+        refuse(args, CONTRASTS, "without --mu", "give --mu too")
     if args.segmentation is not None:
         refuse(args, ["legend"], "with --segmentation, which says itself what pixels show,", "leave out --segmentation")
     chosen = tuple(labeler for name, labeler in known.items() if name in args.labeler)
@@ -149,8 +171,9 @@ def _clip_dissect(args: argparse.Namespace) -> ClipDissect:
     from milan_ray.models.concepts import CONCEPT_LISTS, concept_list
     from milan_ray.models.image_text import CONCEPTS_FILE, own_concepts
 
+    how = args.similarity, args.pooling, args.hold_out, args.mu or 0.0
     if args.concepts in CONCEPT_LISTS:
-        return ClipDissect(concept_list(args.concepts), args.similarity, args.pooling, args.hold_out)
+        return ClipDissect(concept_list(args.concepts), *how)
     if args.concepts is not None:
         text = read_text("--concepts", args.concepts, "a text file with one concept per line")
     else:
@@ -158,4 +181,4 @@ def _clip_dissect(args: argparse.Namespace) -> ClipDissect:
         text = "\n".join(own_concepts(folder))
         if not text:
             raise MilanError(f"give a file with one concept per line with --concepts; {folder} has no {CONCEPTS_FILE}.")
-    return ClipDissect(read_concepts(text), args.similarity, args.pooling, args.hold_out)
+    return ClipDissect(read_concepts(text), *how)

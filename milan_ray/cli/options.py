@@ -19,9 +19,12 @@ from milan_ray.cli.arguments import (
     string,
     strings,
 )
-from milan_ray.config import FLOAT32, ExemplarConfig
+from milan_ray.config import FLOAT32, ContrastConfig, ExemplarConfig
 
-EXEMPLARS = ExemplarConfig()
+EXEMPLARS, CONTRASTS = ExemplarConfig(), ContrastConfig()
+
+MU = 0.3
+"""μ of contrastive descriptions."""
 
 
 def add_to(parser: argparse.ArgumentParser, *groups: Callable[[argparse.ArgumentParser], None]) -> None:
@@ -250,6 +253,47 @@ def clip(parser: argparse.ArgumentParser) -> None:
     fraction(group, "--clip-z", 0.5, "weight of whole images against their masked regions")
     integer(group, "--clip-beam-size", None, "candidates per unit (default: 1000, or the vocabulary)")
     number(group, "--clip-lam", 0.5, "λ that the search for candidates subtracts with")
+
+
+def contrast(parser: argparse.ArgumentParser) -> None:
+    """Adds options for descriptions that set exemplars against images that do not excite the unit."""
+    group = parser.add_argument_group("contrast, as labeler milan-contrast")
+    string(
+        group,
+        "--contrast",
+        "MODEL",
+        "rank candidates by log p(d|E) − λ·log p(d) − μ·log p(d|C) too, C the images most like the exemplars by this "
+        "model of images and texts that do not excite the unit: a folder, or the name of one in $MILAN_MODELS_DIR",
+    )
+    number(group, "--mu", None, f"μ (default: the setting's, else {MU:g})", kind=amount)
+    number(
+        group,
+        "--clip-gamma",
+        None,
+        "with --clip, also re-rank by the similarity to the exemplars less N times that to the contrasts, as labeler "
+        "milan+clip-contrast",
+        kind=amount,
+    )
+    contrasts(group)
+    choice(
+        group,
+        "--contrast-masks",
+        ("exemplar", "whole"),
+        "part of a contrast that the captioner reads: the mask of the exemplar that it is paired with, or all of it",
+        "exemplar",
+    )
+
+
+def contrasts(group: argparse._ActionsContainer) -> None:
+    """Adds options for the choice of contrasts."""
+    integer(group, "--contrasts", CONTRASTS.similar, "images per unit that are most like its exemplars", least=0)
+    integer(group, "--random-contrasts", CONTRASTS.random, "random images per unit besides", least=0)
+    fraction(
+        group,
+        "--contrast-quantile",
+        CONTRASTS.quantile,
+        "an image does not excite a unit whose activation is at most this quantile of the unit's",
+    )
 
 
 def search(parser: argparse.ArgumentParser) -> None:

@@ -56,7 +56,7 @@ def check(args: argparse.Namespace) -> None:
     if getattr(args, "no_report", False) and args.verb != "paper":  # which writes its own page to --report anyway
         refuse(args, ["report"], "with --no-report", "leave out --no-report")
     if getattr(args, "clip_z", None) is not None and args.clip is None and not _reranked(args):
-        refuse(args, ["clip_z", "clip_beam_size", "clip_lam"], "without --clip", "give --clip too")
+        refuse(args, ["clip_z", "clip_beam_size", "clip_lam", "clip_gamma"], "without --clip", "give --clip too")
 
 
 def _reranked(args: argparse.Namespace) -> bool:

@@ -61,8 +61,9 @@ def _tuning(args: argparse.Namespace, storage: Storage, text: str) -> tuple[list
     from milan_ray.scoring.text import minilm_directory
     from milan_ray.stages.captioners import load_captioner
     from milan_ray.stages.encodings import Encodings
-    from milan_ray.stages.tuning import Tuning, TuningJob
+    from milan_ray.stages.tuning import Tuning
     from milan_ray.stages.tuning_statistics import read_sweep
+    from milan_ray.stages.tuning_trial import TuningJob
 
     if args.decoder is None and args.milan is None:
         raise MilanError(f"{args.config} tunes how a captioner decodes: give --decoder or --milan.")

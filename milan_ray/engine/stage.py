@@ -27,11 +27,12 @@ from milan_ray.engine.run_log import Cost, record_run
 from milan_ray.engine.tasks import retry_if_overtaken, run_parallel
 from milan_ray.errors import DamagedTable, MilanError
 from milan_ray.progress import Progress, say
-from milan_ray.schema import CANDIDATES, ENCODINGS, EXEMPLARS, LEVELS, Table
+from milan_ray.schema import CANDIDATES, CONTRAST_ENCODINGS, ENCODINGS, EXEMPLARS, LEVELS, Table
 from milan_ray.storage import Storage
 from milan_ray.storage.pieces import piece_name
 
-_MADE_BY = {EXEMPLARS.name: "exemplars", ENCODINGS.name: "describe", CANDIDATES.name: "describe"}
+_MADE_BY = {EXEMPLARS.name: "exemplars", CONTRAST_ENCODINGS.name: "describe --contrast MODEL"}
+_MADE_BY |= {ENCODINGS.name: "describe", CANDIDATES.name: "describe"}
 """Table → the subcommand that makes it."""
 
 Layers = Mapping[str, Sequence[str]]

@@ -31,6 +31,9 @@ from milan_ray.textfiles import read_lines
 CLIP_DISSECT = "clip-dissect"
 """The labeler's name."""
 
+CLIP_DISSECT_CONTRAST = "clip-dissect-contrast"
+"""The name of the same labeler where it sets a unit's images against contrasts (docs/contrast.md)."""
+
 N_BEST = 5
 
 MIN_PROB = 1e-7
@@ -86,20 +89,31 @@ class ClipDissect:
         pooling: ``mean`` or ``max``: how an activation map is pooled to one number.
         hold_out: Fraction of the probe's images that are not used, so that a score can be computed on them
             (:func:`milan_ray.scoring.simulation.held_out`).
+        mu: μ, weight of the unit's contrasts against its own images; 0 for none. Only of wPMI similarities: the others
+            compare no image with another unit's, or all images.
     """
 
     concepts: tuple[str, ...]
     similarity: Similarity = "soft_wpmi"
     pooling: Literal["mean", "max"] = "mean"
     hold_out: float = 0.0
-    name: ClassVar[str] = CLIP_DISSECT
+    mu: float = 0.0
     requires: ClassVar[tuple[Kind, ...]] = ("concepts",)
 
     def __post_init__(self) -> None:
         if self.similarity not in SIMILARITIES:
             raise unknown_name("similarity", self.similarity, SIMILARITIES, f"One of {', '.join(SIMILARITIES)}.")
+        if self.mu and self.similarity not in WPMI:
+            raise MilanError(
+                f"{self.similarity} has no use for contrasts: give --similarity {' or '.join(WPMI)}, or leave out --mu."
+            )
         if not self.concepts:
             raise MilanError("the list of concepts is empty: give a file with one concept per line with --concepts.")
+
+    @property
+    def name(self) -> str:
+        """The labeler's name: another with contrasts, so that both can stand in one run directory."""
+        return CLIP_DISSECT_CONTRAST if self.mu else CLIP_DISSECT
 
     @property
     def wpmi(self) -> Wpmi | None:
@@ -119,7 +133,8 @@ class ClipDissect:
 
     def identity(self) -> dict[str, object]:
         """Everything that determines the labels, except activations and embeddings."""
-        return {
+        identity: dict[str, object] = {"mu": self.mu} if self.mu else {}
+        return identity | {
             "clip_dissect": 1,
             "concepts": list(self.concepts),
             "similarity": self.similarity,
@@ -213,7 +228,9 @@ def weights(how: Wpmi, images: int) -> np.ndarray:
     return first - np.arange(images) / images * (first - last)
 
 
-def pointwise(fit: Tensor, normalisers: Tensor, rows: Tensor, how: Wpmi) -> Tensor:
+def pointwise(
+    fit: Tensor, normalisers: Tensor, rows: Tensor, how: Wpmi, contrasts: Tensor | None = None, mu: float = 0.0
+) -> Tensor:
     """Similarities of all units of a layer to some concepts by (soft) weighted pointwise mutual information.
 
     With p(c|x) = exp(a·P[x, c]) / Σ_c′ exp(a·P[x, c′]) and x_j the image of rank j,
@@ -225,22 +242,36 @@ def pointwise(fit: Tensor, normalisers: Tensor, rows: Tensor, how: Wpmi) -> Tens
         normalisers: log Σ_c exp(a·P[x, c]) over *all* concepts, float64 (N,).
         rows: Row of P of every unit's images, best first, int64 (U, K) on the CPU; −1 where it has fewer.
         how: Parameters.
+        contrasts: The same rows of every unit's contrasts C, (U, n). Then μ·s(C, c)·(images of the unit / contrasts of
+            the unit) is subtracted, with the weights w of their ranks; nothing for a unit without contrasts.
+        mu: μ.
 
     Returns:
         float64 (U, C).
     """
     probability = torch.exp(how.a * fit.double() - normalisers[:, None])
-    similarities = probability.new_empty(len(rows), fit.shape[1])
+    similarities = _pointwise_sums(probability, rows, how)
+    prior = torch.logsumexp(similarities, dim=0) - float(np.log(len(rows)))
+    scores = similarities - how.lam * prior
+    if contrasts is not None:
+        counts = [(of >= 0).sum(dim=1) for of in (rows, contrasts)]
+        share = to_device(counts[0].double() / counts[1].clamp(min=1), fit.device)[:, None]
+        scores -= mu * share * _pointwise_sums(probability, contrasts, how)
+    return scores
+
+
+def _pointwise_sums(probability: Tensor, rows: Tensor, how: Wpmi) -> Tensor:
+    """s(u, c) of :func:`pointwise`, float64 (U, C), from p(c|x) of images (N, C) and the rows of every unit's."""
+    similarities = probability.new_empty(len(rows), probability.shape[1])
     there = rows >= 0
-    listed = to_device(rows[there], fit.device)
+    listed = to_device(rows[there], probability.device)
     weight = torch.from_numpy(weights(how, rows.shape[1])).expand(len(rows), -1)[there]
-    weight = to_device(weight, fit.device)[:, None]
+    weight = to_device(weight, probability.device)[:, None]
     for unit, own in enumerate(_rows_of_units(there)):
         p = probability[listed[own]]
         terms = p + MIN_PROB if how.soft is None else 1 + weight[own] * (p - 1) + MIN_PROB
         similarities[unit] = terms.log().sum(dim=0)
-    prior = torch.logsumexp(similarities, dim=0) - float(np.log(len(rows)))
-    return similarities - how.lam * prior
+    return similarities
 
 
 def _rows_of_units(there: Tensor) -> Iterator[slice]:

@@ -1,4 +1,4 @@
-"""MILAN's labelers: rank the captioner's candidates by its own log-probabilities (paper §3)."""
+"""MILAN's labelers: rank the captioner's candidates by its own log-probabilities (paper §3, docs/contrast.md)."""
 
 from __future__ import annotations
 
@@ -8,8 +8,9 @@ from dataclasses import dataclass, field
 import numpy as np
 import pyarrow as pa
 
-from milan_ray.captioner.rerank import CHOICE_VERSION, choice_order, rescore
+from milan_ray.captioner.rerank import CHOICE_VERSION, choice_order, contrast, rescore
 from milan_ray.captioner.text import readable
+from milan_ray.errors import MilanError
 from milan_ray.labelers.protocol import Evidence, Kind, Label
 
 MILAN = "milan"
@@ -17,6 +18,9 @@ MILAN = "milan"
 
 LIKELIHOOD = "milan-pdE"
 """Labeler: log p(d|E) alone."""
+
+CONTRAST = "milan-contrast"
+"""Labeler: log p(d|E) − λ·log p(d) − μ·log p(d|C), C the unit's contrasts."""
 
 N_BEST = 5
 
@@ -46,6 +50,45 @@ class PointwiseMutualInformation:
         assert table is not None  # required
         likely, prior = (table[name].to_numpy() for name in ("logp_d_given_e", "logp_d"))
         return rank(table, rescore(likely, prior, self.lam), self.plain_choice)
+
+
+@dataclass(frozen=True)
+class ContrastiveInformation:
+    """Ranks candidates by log p(d|E) − λ·log p(d) − μ·log p(d|C), C images that do not excite the unit.
+
+    A unit without contrasts is ranked without the last term; μ = 0 is :class:`PointwiseMutualInformation`.
+
+    Attributes:
+        lam: λ.
+        mu: μ.
+        plain_choice: The reference's choice, see :class:`milan_ray.captioner.quirks.Quirks`.
+    """
+
+    lam: float
+    mu: float
+    plain_choice: bool = False
+    name: str = field(default=CONTRAST, init=False)
+    requires: tuple[Kind, ...] = field(default=("candidates", "contrasted"), init=False)
+
+    def __post_init__(self) -> None:
+        if self.mu < 0 or self.lam + self.mu > 1 + 1e-9:
+            raise MilanError(
+                f"μ = {self.mu:g} with λ = {self.lam:g}: λ + μ above 1, or a negative μ, prefers what is unlikely in "
+                f"any case; give a μ from 0 to {max(0.0, 1 - self.lam):g} with --mu, or lower --lam."
+            )
+
+    def identity(self) -> dict[str, object]:
+        """Everything that determines the labels, except candidates and contrasts."""
+        version = 1 if self.plain_choice else CHOICE_VERSION
+        return {"rescore": version, "lam": self.lam, "mu": self.mu, "contrast": 1, "n_best": N_BEST}
+
+    def label(self, evidence: Evidence) -> dict[int, list[Label]]:
+        """The best candidates of every unit."""
+        table = evidence.candidates
+        assert table is not None and evidence.contrasted is not None  # required
+        likely, prior = (table[name].to_numpy() for name in ("logp_d_given_e", "logp_d"))
+        scores = contrast(rescore(likely, prior, self.lam), evidence.contrasted, self.mu)
+        return rank(table, scores, self.plain_choice)
 
 
 def rank(candidates: pa.Table, scores: np.ndarray, plain_choice: bool = False) -> dict[int, list[Label]]:

@@ -11,7 +11,7 @@ import pyarrow as pa
 
 from milan_ray.exemplars.concepts import ConceptCounts
 
-Kind = Literal["candidates", "similarity", "counts", "formulas", "concepts", "drawn"]
+Kind = Literal["candidates", "contrasted", "similarity", "counts", "formulas", "concepts", "drawn"]
 """A kind of evidence: the name of a field of :class:`Evidence`."""
 
 
@@ -53,6 +53,8 @@ class Evidence:
 
     Attributes:
         candidates: A captioner's candidate descriptions: rows of the table of candidates, by unit and beam rank.
+        contrasted: log p(d|C) of each candidate, given its unit's contrasts C, nats, float32 (rows of candidates); NaN
+            where the unit has none.
         similarity: Similarity of each candidate to its unit's exemplars, float32 (rows of candidates).
         counts: Separate and joint counts of units and concepts over the whole probe.
         formulas: Unit → its formulas of concepts, as text, best first.
@@ -66,6 +68,7 @@ class Evidence:
     formulas: Mapping[int, list[Label]] | None = None
     concepts: Mapping[int, list[Label]] | None = None
     drawn: Mapping[int, list[Drawn]] | None = None
+    contrasted: np.ndarray | None = None
 
 
 class Labeler(Protocol):

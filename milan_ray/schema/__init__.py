@@ -5,6 +5,7 @@ from milan_ray.schema.audits import AUDITED, AUDITS
 from milan_ray.schema.descriptions import (
     ANNOTATIONS,
     CANDIDATES,
+    CONTRAST_ENCODINGS,
     DESCRIPTIONS,
     DRAWINGS,
     ENCODINGS,
@@ -13,7 +14,7 @@ from milan_ray.schema.descriptions import (
 )
 from milan_ray.schema.differences import CHANGES, DIFFERENCES
 from milan_ray.schema.effects import EFFECTS
-from milan_ray.schema.exemplars import EXEMPLARS, LEVELS, POOLED, SKIPPED, VIEWS
+from milan_ray.schema.exemplars import CONTRASTS, EXEMPLARS, LEVELS, POOLED, SKIPPED, VIEWS
 from milan_ray.schema.experiments import ABLATIONS, CLAIMS, CRITERIA, FIGURE, LAYER_PROPERTIES, PASTED
 from milan_ray.schema.features import FEATURES_FIT
 from milan_ray.schema.generalization import GENERALIZATION, HELD_OUT, SPLITS
@@ -39,7 +40,9 @@ TABLES: tuple[Table, ...] = (
     POOLED,
     VIEWS,
     SKIPPED,
+    CONTRASTS,
     ENCODINGS,
+    CONTRAST_ENCODINGS,
     IMAGE_EMBEDDINGS,
     TEXT_EMBEDDINGS,
     CANDIDATES,
@@ -84,6 +87,8 @@ __all__ = [
     "CANDIDATES",
     "CHANGES",
     "CLAIMS",
+    "CONTRASTS",
+    "CONTRAST_ENCODINGS",
     "CRITERIA",
     "DECODER_TRIALS",
     "DESCRIPTIONS",

@@ -16,6 +16,18 @@ ENCODINGS = Table(
     "Features of one exemplar, as the captioner reads them.",
 )
 
+CONTRAST_ENCODINGS = Table(
+    "contrast_encodings",
+    ("encoder", "model", "layer"),
+    (
+        Column("encoder", pa.string(), "registered name of the image encoder"),
+        *UNIT,
+        Column("rank", pa.int16(), "the contrast's rank"),
+        Column("feature", pa.list_(pa.float32()), "F pooled pyramid features, as those of encodings; F in metadata"),
+    ),
+    "Features of one contrast, as the captioner reads them.",
+)
+
 IMAGE_EMBEDDINGS = Table(
     "image_embeddings",
     ("encoder", "probe"),
@@ -74,15 +86,17 @@ DESCRIPTIONS = Table(
         Column(
             "labeler",
             pa.string(),
-            "which method labelled the unit: milan, milan-pdE, milan+clip, netdissect, compexp, clip-dissect, dnd",
+            "which method labelled the unit: milan, milan-pdE, milan-contrast, milan+clip, milan+clip-contrast, "
+            "netdissect, compexp, clip-dissect, dnd",
         ),
         *UNIT,
         Column("description", pa.string(), "the label"),
         Column(
             "score",
             pa.float32(),
-            "the labeler's own; milan: log p(d|E) − λ·log p(d), nats; milan+clip: a mean cosine; netdissect and "
-            "compexp: intersection over union; clip-dissect: its similarity, comparable inside one layer; "
+            "the labeler's own; milan: log p(d|E) − λ·log p(d), nats; milan-contrast: less μ·log p(d|C); milan+clip: a "
+            "mean cosine, with -contrast less γ times another; netdissect and compexp: intersection over union; "
+            "clip-dissect: its similarity, comparable inside one layer; "
             "dnd: its scoring function's, comparable inside one unit",
         ),
         Column("logp_d_given_e", pa.float32(), "log p(d|E), nats; null for labelers without one", True),

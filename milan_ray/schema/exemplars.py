@@ -86,3 +86,21 @@ POOLED = Table(
     "Pooled activations of all units of a layer on one readable probe image; only with `--pooled`. Lists, not "
     "fixed-size ones: one query may read layers of different widths. File metadata: `units`, `probe`.",
 )
+
+CONTRASTS = Table(
+    "contrasts",
+    ("encoder", "model", "layer"),
+    (
+        Column("encoder", pa.string(), "name of the model of images and texts that says which images are alike"),
+        *UNIT,
+        Column("rank", pa.int16(), "0 = that of the best exemplar; the similar ones first, then the random ones"),
+        Column("image_id", pa.int64(), "row of the probe manifest; never an exemplar of the unit"),
+        Column("kind", pa.string(), "similar, or random"),
+        Column("exemplar", pa.int16(), "rank of the exemplar that it is paired with"),
+        Column("similarity", pa.float32(), "product of the embeddings of the two; as a rule a cosine"),
+        Column("activation", pa.float32(), "the unit's maximum over all positions of this image"),
+        Column("quantile", pa.float32(), "share of the probe's images that excite the unit less"),
+    ),
+    "One probe image that is like a unit's exemplars and does not excite the unit, or a random one that does not. File "
+    "metadata: `quantile`, the criterion; `probe`, `view`.",
+)

@@ -95,7 +95,9 @@ TRIALS = Table(
     (
         Column("decoder", pa.string(), "name of the captioner"),
         Column("sweep", pa.string(), "name of the search space: of its file in tune_configs"),
-        Column("strategy", pa.string(), "greedy, greedy-mi, beam, beam-mi or rerank; beam is rerank with λ = 0"),
+        Column(
+            "strategy", pa.string(), "greedy, greedy-mi, beam, beam-mi, rerank, contrast; beam is rerank with λ = 0"
+        ),
         Column("beam_size", pa.int32(), "width of the beam; null for greedy decoding", True),
         Column("length", pa.int32(), "most tokens, <stop> included"),
         Column("lam", pa.float64(), "λ; 0 where log p(d) is not used"),
@@ -106,6 +108,7 @@ TRIALS = Table(
         Column("high", pa.float64(), "upper end of the 95 % bootstrap interval over units"),
         Column("n", pa.int64(), "units behind the value"),
         Column("chosen", pa.bool_(), "whether this is the setting that was chosen"),
+        Column("mu", pa.float64(), "μ; 0 where contrasts are not used; earlier versions lack it", added=True),
     ),
     "One measure of one way to decode.",
 )

@@ -18,12 +18,14 @@ class Column:
         type: Its Arrow type.
         doc: Unit, shape and meaning, in one line.
         nullable: Whether nulls may occur.
+        added: Whether a later version added it: files of earlier ones lack it and stay valid.
     """
 
     name: str
     type: pa.DataType
     doc: str
     nullable: bool = False
+    added: bool = False
 
 
 @dataclass(frozen=True)
@@ -55,6 +57,8 @@ class Table:
         """
         for column in self.columns:
             number = schema.get_field_index(column.name)
+            if number < 0 and column.added:
+                continue
             if number < 0:
                 raise pa.ArrowInvalid(f"it has no column {column.name!r}")
             if schema.field(number).type != column.type:

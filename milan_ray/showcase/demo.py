@@ -37,8 +37,9 @@ from milan_ray.stages.encodings import Encodings, unit_features
 from milan_ray.stages.exemplars import Exemplars
 from milan_ray.stages.rerank import reranking_stages
 from milan_ray.stages.training import Training, TrainingJob, run_trainings
-from milan_ray.stages.tuning import Tuning, TuningJob
+from milan_ray.stages.tuning import Tuning
 from milan_ray.stages.tuning_statistics import Sweep
+from milan_ray.stages.tuning_trial import TuningJob
 from milan_ray.storage import Storage
 from milan_ray.studies.judges import statistics as judges
 from milan_ray.studies.judges.run import HELD_OUT_SCENES, PLANTED, activations, scenes_of

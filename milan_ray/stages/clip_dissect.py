@@ -34,8 +34,9 @@ from milan_ray.labelers.netdissect import NOTHING
 from milan_ray.labelers.protocol import Evidence, Label
 from milan_ray.models.image_text import ImageTextRef
 from milan_ray.progress import Progress, say
-from milan_ray.schema import DESCRIPTIONS, EXEMPLARS, IMAGE_EMBEDDINGS, POOLED
+from milan_ray.schema import CONTRASTS, DESCRIPTIONS, EXEMPLARS, IMAGE_EMBEDDINGS, POOLED
 from milan_ray.scoring.simulation import held_out
+from milan_ray.stages.contrasts import Contrasts, ContrastSource, contrasts_metadata
 from milan_ray.stages.descriptions import described
 from milan_ray.stages.embeddings import (
     ImageEmbeddings,
@@ -78,6 +79,7 @@ class _How:
         labeler: The list of concepts, and how to compare.
         images: Partition of the probe's embeddings: encoder and probe.
         layers: What a chunk's piece holds: the part of every layer.
+        contrasts: Name of the model by which contrasts were chosen; None without.
     """
 
     storage: Storage
@@ -85,6 +87,7 @@ class _How:
     labeler: ClipDissect
     images: dict[str, str]
     layers: tuple[str, ...]
+    contrasts: str | None = None
 
     def get(self, name: str) -> pa.Table:
         """Reads a table of the work."""
@@ -119,14 +122,21 @@ class ClipDissectLabels(StepStage):
         labeler: The list of concepts, and how to compare.
         images: The probe that the layers were dissected on, as the model of images and texts sees it.
         units: The units of every layer to label; empty for all.
+        contrasts: Name of the model by which contrasts of all units were chosen; required where the labeler has a μ.
     """
 
     table = DESCRIPTIONS
 
     def __init__(
-        self, models: Layers, labeler: ClipDissect, images: ImageEmbeddings, units: tuple[int, ...] = ()
+        self,
+        models: Layers,
+        labeler: ClipDissect,
+        images: ImageEmbeddings,
+        units: tuple[int, ...] = (),
+        contrasts: str | None = None,
     ) -> None:
         self._models, self._labeler, self._images, self._units = models, labeler, images, units
+        self._contrasts = contrasts
         self.name, self.title = labeler.name, f"descriptions ({labeler.name})"
 
     def outputs(self, known: Known) -> Iterator[Output]:
@@ -143,6 +153,8 @@ class ClipDissectLabels(StepStage):
             exemplars, pooled = (known.config(table, model=model, layer=layer) for table in (EXEMPLARS, POOLED))
             images = known.config(IMAGE_EMBEDDINGS, **self._images.keys)
             above = {"exemplars": exemplars, "pooled": pooled, "image_embeddings": images}
+            if self._contrasts is not None:
+                above["contrasts"] = known.config(CONTRASTS, encoder=self._contrasts, model=model, layer=layer)
             yield Output(
                 {"labeler": self.name, "model": model, "layer": layer}, Fingerprint.of(identity | above, self._units)
             )
@@ -158,7 +170,8 @@ class ClipDissectLabels(StepStage):
     def run(self, job: Job) -> None:
         """Scans the layers, compares their units with every chunk of concepts, and keeps the best."""
         storage, work, labeler = job.storage, job.work, self._labeler
-        how = _How(storage, work, labeler, self._images.keys, tuple(layer.part for layer in job.every))
+        parts = tuple(layer.part for layer in job.every)
+        how = _How(storage, work, labeler, self._images.keys, parts, self._contrasts)
         ref, plugins = self._images.ref, self._images.probe.plugins
         vectors = text_embeddings(storage, labeler.concepts, ref, job.resources, plugins)
         stored = set(storage.work_names(work))
@@ -169,7 +182,12 @@ class ClipDissectLabels(StepStage):
         scanned = {layer.number: 0.0 for layer in job.every}
         for index, seconds in run_parallel(partial(_scan, how), scans, in_driver=few):
             scanned[scans[index].number] = seconds
-        images = [rows_of(how.get(f"units/{layer.number}")["images"]).ravel() for layer in job.every]
+        images = [
+            rows_of(table[column]).ravel()
+            for table in (how.get(f"units/{layer.number}") for layer in job.every)
+            for column in ("images", "contrasts")
+            if column in table.column_names
+        ]
         needed = np.unique(np.concatenate(images))
         needed = needed[needed >= 0]  # -1 stands for no image
         seconds = _compare(how, job.every, needed, job.resources)
@@ -177,7 +195,11 @@ class ClipDissectLabels(StepStage):
             cost = Cost(scanned[layer.number], scanned[layer.number], len(needed))
             cost.add(seconds, len(job.due))
             exemplars = storage.config_of(EXEMPLARS, **layer.of_layer)
-            rows = described(layer, labeler, self._best(how, layer), exemplars)
+            further = None
+            if self._contrasts is not None:
+                keys = {"encoder": self._contrasts, **layer.of_layer}
+                further = {"mu": str(labeler.mu), **contrasts_metadata(storage, keys)}
+            rows = described(layer, labeler, self._best(how, layer), exemplars, further=further)
             publish(storage, DESCRIPTIONS, layer, rows, self.name, cost)
 
     def _best(self, how: _How, layer: Output) -> Mapping[int, list[Label]]:
@@ -201,6 +223,7 @@ def clip_dissect_stages(
     labeler: ClipDissect,
     ref: ImageTextRef,
     units: tuple[int, ...] = (),
+    source: ContrastSource | None = None,
 ) -> list[RunnableStage]:
     """The stages that label layers from a list of concepts.
 
@@ -210,12 +233,18 @@ def clip_dissect_stages(
         labeler: The list of concepts, and how to compare.
         ref: The model of images and texts.
         units: The units of every layer to label; empty for all.
+        source: What contrasts are chosen from, by the same model; required where the labeler has a μ.
 
     Raises:
         MilanError: The model is missing, or the probe holds latents.
     """
-    images = ImageEmbeddings(ref, probe)
-    return [images, ClipDissectLabels(models, labeler, images, units)]
+    if source is None:
+        images = ImageEmbeddings(ref, probe)
+        return [images, ClipDissectLabels(models, labeler, images, units)]
+    images = source.images
+    # Of all units, because the prior over a layer's units is of all.
+    contrasts = Contrasts(models, source)
+    return [images, contrasts, ClipDissectLabels(models, labeler, images, units, ref.name)]
 
 
 def _scan(how: _How, layer: Output) -> float:
@@ -247,8 +276,12 @@ def _scan(how: _How, layer: Output) -> float:
         low, high = np.fmin(low, values.min(axis=0)), np.fmax(high, values.max(axis=0))
     if state is None:
         raise MilanError(f"no image has both activations of {keys['model']} {keys['layer']} and an embedding.")
+    columns: dict[str, pa.Array] = {}
+    if how.contrasts is not None:
+        columns["contrasts"] = lists_of(_contrasts(how, keys, len(state.ids), known))
     table = pa.table(
-        {
+        columns
+        | {
             "images": lists_of(state.ids.numpy()),
             "activations": lists_of(state.values.numpy()),
             "mean": sums / np.maximum(counts, 1),
@@ -258,6 +291,18 @@ def _scan(how: _How, layer: Output) -> float:
     how.put(f"known/{layer.number}", pa.table({"image_id": known}))
     how.put(f"units/{layer.number}", table)
     return time.monotonic() - started
+
+
+def _contrasts(how: _How, keys: Mapping[str, str], units: int, known: np.ndarray) -> np.ndarray:
+    """The contrasts of every unit of a layer among some images: ids by rank, int64 (U, n), −1 where it has fewer."""
+    assert how.contrasts is not None
+    table = how.storage.read(CONTRASTS, ["unit", "image_id"], encoder=how.contrasts, **keys)
+    unit, ids = (table[name].to_numpy() for name in ("unit", "image_id"))
+    unit, ids = unit[np.isin(ids, known)], ids[np.isin(ids, known)]
+    place = np.arange(len(unit)) - np.searchsorted(unit, unit)  # rows are sorted by unit and rank
+    contrasts = np.full((units, int(place.max(initial=0)) + 1), -1, np.int64)
+    contrasts[unit, place] = ids
+    return contrasts
 
 
 @dataclass(frozen=True)
@@ -365,7 +410,11 @@ def _similarities(task: _Chunk, device: torch.device) -> Iterator[tuple[Output, 
         own = rows_of(scanned["images"])
         rows = torch.from_numpy(np.where(own >= 0, np.searchsorted(ids, own), -1))
         if task.how.labeler.wpmi is not None:
-            yield layer, pointwise(fit, normalisers, rows, task.how.labeler.wpmi)
+            others = None
+            if task.how.contrasts is not None:
+                of_units = rows_of(scanned["contrasts"])
+                others = torch.from_numpy(np.where(of_units >= 0, np.searchsorted(ids, of_units), -1))
+            yield layer, pointwise(fit, normalisers, rows, task.how.labeler.wpmi, others, task.how.labeler.mu)
         else:
             activations = torch.from_numpy(rows_of(scanned["activations"]).copy())
             yield layer, rank_reorder(fit, rows, activations)

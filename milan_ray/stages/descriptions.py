@@ -331,7 +331,12 @@ def read_candidates(storage: Storage, decoder: str, output: Output, columns: Seq
 
 
 def described(
-    output: Output, labeler: Labeler, labels: Mapping[int, Sequence[Label]], exemplars: str, decoder: str = ""
+    output: Output,
+    labeler: Labeler,
+    labels: Mapping[int, Sequence[Label]],
+    exemplars: str,
+    decoder: str = "",
+    further: Mapping[str, str] | None = None,
 ) -> pa.Table:
     """A layer's descriptions as a table.
 
@@ -341,6 +346,7 @@ def described(
         labels: Unit → its labels, best first.
         exemplars: Configuration hash of the exemplars that they describe.
         decoder: Captioner whose candidates the labels were chosen from; empty for none.
+        further: Further metadata of the file.
     """
     rows = [
         {
@@ -355,7 +361,7 @@ def described(
         }
         for unit, best in labels.items()
     ]
-    metadata = {"decoder": decoder, EXEMPLARS_KEY: exemplars}
+    metadata = {"decoder": decoder, EXEMPLARS_KEY: exemplars, **(further or {})}
     if labeler.lam is not None:
         metadata["lam"] = str(labeler.lam)
     return pa.Table.from_pylist(rows, schema=DESCRIPTIONS.schema.with_metadata(metadata))

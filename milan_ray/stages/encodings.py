@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import itertools
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from typing import Any, ClassVar
 
@@ -37,7 +37,7 @@ from milan_ray.engine.tasks import FEW_ROWS, run_parallel
 from milan_ray.exemplars import masks
 from milan_ray.exemplars.masks import mask_size
 from milan_ray.labelers.clip import Clip
-from milan_ray.schema import ENCODINGS, EXEMPLARS
+from milan_ray.schema import ENCODINGS, EXEMPLARS, Table
 from milan_ray.stages.captioners import EncoderRef
 from milan_ray.stages.embeddings import padded
 from milan_ray.storage import EXEMPLARS_KEY, Storage
@@ -53,6 +53,9 @@ MOST_ROWS = 4096
 
 AnyEncoderRef = EncoderRef | Clip
 """A reference to an encoder, from which workers load it."""
+
+Masked = Callable[[Storage, Output, Sequence[str]], pa.Table]
+"""From an output of encodings to columns of what it encodes: of unit, rank, image_id and mask."""
 
 _FEATURES_SCHEMA = piece_schema(ENCODINGS)
 
@@ -123,7 +126,8 @@ class Encodings(ShardedStage):
 
     few: ClassVar[int] = FEW_ROWS
     worker = EncodingWorker
-    table, counted = ENCODINGS, "chunks of images"
+    table: ClassVar[Table] = ENCODINGS
+    counted = "chunks of images"
     name = label = "encodings"
 
     def __init__(self, models: Layers, encoder: AnyEncoderRef, units: tuple[int, ...] = ()) -> None:
@@ -145,7 +149,7 @@ class Encodings(ShardedStage):
         few = sum(counts) <= self.few
         views = [_view(job.storage, output) for output in job.every]
         used: dict[tuple[str, str], set[int]] = defaultdict(set)
-        for index, ids in run_parallel(partial(_image_ids, job.storage), job.every, in_driver=few):
+        for index, ids in run_parallel(partial(_image_ids, job.storage, self.masked), job.every, in_driver=few):
             used[views[index]].update(ids)
         shown: Counter[tuple[str, str]] = Counter()
         for view, count in zip(views, counts, strict=True):
@@ -154,7 +158,7 @@ class Encodings(ShardedStage):
         rows: dict[str, dict[str, str]] = {}
         outputs: dict[str, list[int]] = defaultdict(list)
         tasks = [(output, views[output.number], starts[views[output.number]]) for output in job.due]
-        for index, names in run_parallel(partial(_scatter, job.storage, job.work), tasks, in_driver=few):
+        for index, names in run_parallel(partial(_scatter, job.storage, job.work, self.masked), tasks, in_driver=few):
             output, (probe, key), _ = tasks[index]
             for name in names:
                 rows[name] = {"probe": probe, "view": key}
@@ -172,7 +176,12 @@ class Encodings(ShardedStage):
         table = table.sort_by([("unit", "ascending"), ("rank", "ascending")]).combine_chunks()
         size = len(table["feature"][0]) if len(table) else 0
         exemplars = storage.config_of(EXEMPLARS, **output.of_layer)
-        return ENCODINGS.table(output.columns(table), {"feature_size": str(size), EXEMPLARS_KEY: exemplars})
+        return self.table.table(output.columns(table), {"feature_size": str(size), EXEMPLARS_KEY: exemplars})
+
+    @property
+    def masked(self) -> Masked:
+        """What is encoded; small, because it travels to workers."""
+        return _exemplars
 
 
 def _metadata(storage: Storage, output: Output) -> dict[str, str]:
@@ -191,9 +200,9 @@ def _exemplars(storage: Storage, output: Output, columns: Sequence[str]) -> pa.T
     return only_units(storage.read(EXEMPLARS, ["unit", *columns], **output.of_layer), output.fingerprint.units)
 
 
-def _image_ids(storage: Storage, output: Output) -> list[int]:
-    """The images that an output's exemplars show, ascending."""
-    return np.unique(_exemplars(storage, output, ["image_id"])["image_id"].to_numpy()).tolist()
+def _image_ids(storage: Storage, masked: Masked, output: Output) -> list[int]:
+    """The images that an output encodes, ascending."""
+    return np.unique(masked(storage, output, ["image_id"])["image_id"].to_numpy()).tolist()
 
 
 def chunk_starts(ids: Sequence[int], exemplars: int) -> tuple[int, ...]:
@@ -211,10 +220,12 @@ def chunk_starts(ids: Sequence[int], exemplars: int) -> tuple[int, ...]:
     return tuple(ids[:: batches * BATCH_SIZE])
 
 
-def _scatter(storage: Storage, work: str, task: tuple[Output, tuple[str, str], Sequence[int]]) -> list[str]:
+def _scatter(
+    storage: Storage, work: str, masked: Masked, task: tuple[Output, tuple[str, str], Sequence[int]]
+) -> list[str]:
     """Sorts an output's exemplars of a (probe, view) into chunks that start at these images; returns their names."""
     output, (probe, view), starts = task
-    table = _exemplars(storage, output, ["rank", "image_id", "mask"]).sort_by("image_id").combine_chunks()
+    table = masked(storage, output, ["rank", "image_id", "mask"]).sort_by("image_id").combine_chunks()
     cuts = np.searchsorted(table["image_id"].to_numpy(), [*starts, np.iinfo(np.int64).max])
     of_view = config_hash({"view": view, "probe": probe})
     parts = [

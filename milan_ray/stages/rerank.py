@@ -25,10 +25,11 @@ from milan_ray.engine.actor_pool import Row
 from milan_ray.engine.scattered import Scattered
 from milan_ray.engine.stage import Job, Known, Layers, Output, Shard, ShardedStage, Shards, ShardWorker, pairs
 from milan_ray.engine.tasks import FEW_ROWS, run_parallel
-from milan_ray.labelers.clip import Clip, query, similarity
+from milan_ray.labelers.clip import Clip, contrasted_query, similarity
 from milan_ray.labelers.protocol import Evidence
-from milan_ray.schema import CANDIDATES, DESCRIPTIONS, ENCODINGS
+from milan_ray.schema import CANDIDATES, CONTRAST_ENCODINGS, DESCRIPTIONS, ENCODINGS
 from milan_ray.stages.captioners import RERANKED
+from milan_ray.stages.contrasts import ContrastEncodings, ContrastSource, contrasts_metadata
 from milan_ray.stages.descriptions import (
     Candidates,
     Search,
@@ -115,13 +116,17 @@ class Reranked(ShardedStage):
         search: The wide search.
         clip: How to re-rank.
         units: The units of every layer to describe; empty for all.
+        contrasts: Name of the model by which contrasts were chosen, where exemplars are set against them.
     """
 
     worker = SimilarityWorker
     table, counted = DESCRIPTIONS, "chunks of texts"
 
-    def __init__(self, models: Layers, search: Search, clip: Clip, units: tuple[int, ...] = ()) -> None:
+    def __init__(
+        self, models: Layers, search: Search, clip: Clip, units: tuple[int, ...] = (), contrasts: str | None = None
+    ) -> None:
         self._models, self._decoder, self._clip, self._units = models, search.name, clip, units
+        self._contrasts = contrasts
         self._labeler = clip.labeler(search.quirks.plain_choice)
         self.name = self._labeler.name
         self.title = f"descriptions ({self.name})"
@@ -133,6 +138,8 @@ class Reranked(ShardedStage):
             keys = {"model": model, "layer": layer}
             candidates = known.all_units(CANDIDATES, decoder=self._decoder, **keys)
             encodings = known.all_units(ENCODINGS, encoder=self._clip.name, **keys)
+            if self._contrasts is not None:
+                encodings += f" {known.all_units(CONTRAST_ENCODINGS, encoder=self._clip.name, **keys)}"
             fingerprint = description_fingerprint(self._labeler, candidates, self._units, encodings)
             yield Output({"labeler": self.name, **keys}, fingerprint)
 
@@ -161,15 +168,26 @@ class Reranked(ShardedStage):
             scores = compared["similarity"].to_numpy()
         labels = self._labeler.label(Evidence(table, scores))
         exemplars = storage.exemplars_of(CANDIDATES, **candidates_of(self._decoder, output)) or ""
-        return described(output, self._labeler, labels, exemplars, self._decoder)
+        if self._contrasts is None:
+            return described(output, self._labeler, labels, exemplars, self._decoder)
+        keys = {"encoder": self._contrasts, **output.of_layer}
+        further = {"gamma": str(self._clip.gamma), **contrasts_metadata(storage, keys)}
+        return described(output, self._labeler, labels, exemplars, self._decoder, further)
 
     def _scatter(self, storage: Storage, work: str, chunks: int, output: Output) -> list[str]:
         """Sorts a layer's candidates by text into chunks, and stores its units' queries; returns the chunks' names."""
         keys = {"encoder": self._clip.name, "model": output.model, "layer": output.layer}
         encoded = storage.read(ENCODINGS, ["unit", "rank", "feature"], **keys)
         features = unit_features(only_units(encoded, output.fingerprint.units))
+        others: dict[int, np.ndarray] = {}
+        if self._contrasts is not None:
+            others = unit_features(storage.read(CONTRAST_ENCODINGS, ["unit", "rank", "feature"], **keys))
+        queries_of = [
+            contrasted_query(of_unit, others.get(unit), self._labeler.z, self._clip.gamma)
+            for unit, of_unit in features.items()
+        ]
         units = pa.array(list(features), pa.int32())
-        vectors = pa.array([query(of_unit, self._labeler.z) for of_unit in features.values()], pa.list_(pa.float32()))
+        vectors = pa.array(queries_of, pa.list_(pa.float32()))
         queries = pa.table({"unit": units, "query": vectors})
         table = read_candidates(storage, self._decoder, output, ["unit", "beam_rank", "text"])
         texts = table["text"].combine_chunks().dictionary_encode()
@@ -199,5 +217,32 @@ def reranking_stages(
     return (
         Candidates(models, wide, captioner, units),
         Encodings(models, clip, units),
-        Reranked(models, wide, clip, units),
+        Reranked(models, wide, replace(clip, gamma=0.0), units),
     )
+
+
+def contrast_reranking_stages(
+    models: Layers,
+    search: Search,
+    captioner: Captioner,
+    clip: Clip | None,
+    source: ContrastSource,
+    units: tuple[int, ...] = (),
+) -> list[ShardedStage]:
+    """The stages that re-rank the same candidates with contrasts, after those of :func:`reranking_stages`.
+
+    Args:
+        models: Model name → layers.
+        search: The captioner's own search.
+        captioner: The search's captioner.
+        clip: How to re-rank; None, or γ = 0, for not at all.
+        source: What the contrasts were chosen from.
+        units: The units of every layer to describe; empty for all.
+    """
+    if clip is None or not clip.gamma:
+        return []
+    wide = wide_search(captioner, search, clip)
+    return [
+        ContrastEncodings(models, clip, source, units),
+        Reranked(models, wide, clip, units, source.images.ref.name),
+    ]

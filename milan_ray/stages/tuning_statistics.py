@@ -7,14 +7,14 @@ with every λ, and each distinct description of a unit is scored once.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
 import polars as pl
 import pyarrow as pa
 
-from milan_ray.captioner.rerank import complete, rescore
+from milan_ray.captioner.rerank import complete, contrast, rescore
 from milan_ray.captioner.text import readable
 from milan_ray.errors import MilanError
 from milan_ray.scoring.bootstrap import difference, interval, intervals, resampling_counts
@@ -22,11 +22,18 @@ from milan_ray.scoring.evaluation import METRICS, Row, score_table, text_statist
 from milan_ray.scoring.text import BertScore, References
 from milan_ray.yaml_files import is_number, known, mapping, number, share, whole, wrong
 
-STRATEGIES = GREEDY, GREEDY_MI, BEAM, BEAM_MI, RERANK = ("greedy", "greedy-mi", "beam", "beam-mi", "rerank")
+STRATEGIES = GREEDY, GREEDY_MI, BEAM, BEAM_MI, RERANK, CONTRAST = (
+    "greedy",
+    "greedy-mi",
+    "beam",
+    "beam-mi",
+    "rerank",
+    "contrast",
+)
 """Ways to decode: with -mi, the search maximises log p(d|E) − λ log p(d); "rerank" searches by log p(d|E) and ranks the
-candidates by log p(d|E) − λ log p(d)."""
+candidates by log p(d|E) − λ log p(d); "contrast" subtracts μ log p(d|C) too, C the unit's contrasts."""
 
-DESCRIBED = (GREEDY, BEAM, RERANK)
+DESCRIBED = (GREEDY, BEAM, RERANK, CONTRAST)
 """Strategies that ``describe`` offers: it never searches by mutual information."""
 
 SPLITS = VALIDATION, HELD_OUT = ("validation", "held-out")
@@ -45,6 +52,7 @@ class Sweep:
         validation: Share of the annotated units that choose a setting; the others are held out.
         seed: Seed of this split and of the bootstrap.
         samples: Bootstrap resamples.
+        mus: Values of μ, for the strategy "contrast"; with each λ that leaves λ + μ at most 1.
     """
 
     beam_sizes: tuple[int, ...]
@@ -55,9 +63,15 @@ class Sweep:
     validation: float = 0.5
     seed: int = 0
     samples: int = 1000
+    mus: tuple[float, ...] = ()
+
+    def identity(self) -> dict[str, object]:
+        """The fields that decide the trials; ``mus`` only where there are some, as versions before it had none."""
+        fields = asdict(self)
+        return fields if self.mus else {name: value for name, value in fields.items() if name != "mus"}
 
     def trials(self) -> list[Trial]:
-        """The trials: settings that differ only in the λ of re-ranking share one."""
+        """The trials: settings that differ only in λ and μ of re-ranking share one."""
         trials = []
         positive = tuple(lam for lam in self.lams if lam > 0)
         for length in self.lengths:
@@ -66,29 +80,46 @@ class Sweep:
             if GREEDY_MI in self.strategies:
                 trials += [Trial(GREEDY_MI, None, length, (lam,)) for lam in positive]
             for beam_size in self.beam_sizes:
-                lams = (0.0,) * (BEAM in self.strategies) + self.lams * (RERANK in self.strategies)
-                if lams:
-                    trials.append(Trial(RERANK, beam_size, length, tuple(sorted(set(lams)))))
+                settings = self._reranked()
+                if settings:
+                    lams, mus = zip(*settings, strict=True)
+                    trials.append(Trial(RERANK, beam_size, length, lams, mus if any(mus) else ()))
                 if BEAM_MI in self.strategies:
                     trials += [Trial(BEAM_MI, beam_size, length, (lam,)) for lam in positive]
         return trials
 
+    def _reranked(self) -> list[tuple[float, float]]:
+        """The values of (λ, μ) that candidates are re-ranked with, ascending."""
+        settings = {(0.0, 0.0)} if BEAM in self.strategies else set()
+        if RERANK in self.strategies:
+            settings |= {(lam, 0.0) for lam in self.lams}
+        if CONTRAST in self.strategies:
+            settings |= {(lam, mu) for lam in self.lams for mu in self.mus if lam + mu <= 1 + 1e-9}
+        return sorted(settings)
+
 
 @dataclass(frozen=True)
 class Trial:
-    """One search, and the values of λ that its candidates are re-ranked with.
+    """One search, and the values of λ and μ that its candidates are re-ranked with.
 
     Attributes:
         strategy: Of :data:`STRATEGIES`; "beam" is "rerank" with λ = 0.
         beam_size: Beams per unit; None for greedy decoding.
         length: Maximum number of tokens.
-        lams: Values of λ; a single one where λ changes the search.
+        lams: λ of each setting; a single one where λ changes the search.
+        mus: μ of each setting; empty where all are 0.
     """
 
     strategy: str
     beam_size: int | None
     length: int
     lams: tuple[float, ...]
+    mus: tuple[float, ...] = ()
+
+    @property
+    def settings(self) -> list[tuple[float, float]]:
+        """(λ, μ) of each setting."""
+        return list(zip(self.lams, self.mus or (0.0,) * len(self.lams), strict=True))
 
     @property
     def name(self) -> str:
@@ -97,8 +128,10 @@ class Trial:
         lam = f"-lam{self.lams[0]:g}" if self.strategy in (GREEDY_MI, BEAM_MI) else ""
         return f"{self.strategy}{beam}-length{self.length}{lam}"
 
-    def strategy_at(self, lam: float) -> str:
-        """The strategy of this trial with one of its λ: "rerank" with λ = 0 is "beam"."""
+    def strategy_at(self, lam: float, mu: float = 0.0) -> str:
+        """The strategy of this trial with one of its λ and μ: "rerank" with λ = 0 is "beam"."""
+        if mu > 0:
+            return CONTRAST
         return BEAM if self.strategy == RERANK and lam == 0 else self.strategy
 
 
@@ -110,11 +143,13 @@ class Setting:
         beam_size: Beams per unit; 1 is greedy decoding.
         length: Maximum number of tokens, ``<stop>`` included.
         lam: λ; 0 ranks by log p(d|E) alone.
+        mu: μ of contrastive descriptions; 0 where they were not tried, or not chosen.
     """
 
     beam_size: int
     length: int
     lam: float
+    mu: float = 0.0
 
 
 # -- configuration files ----------------------------------------------------------------------------------------------
@@ -133,7 +168,7 @@ def read_sweep(text: str, where: str) -> Sweep:
     """
     sweep: dict[str, Any] = {}
     for key, value in mapping(text, where, Sweep).items():
-        if key in ("beam_sizes", "lengths", "lams"):
+        if key in ("beam_sizes", "lengths", "lams", "mus"):
             sweep[key] = _numbers(value, key, where)
         elif key == "strategies":
             if not isinstance(value, list) or not value:
@@ -145,6 +180,10 @@ def read_sweep(text: str, where: str) -> Sweep:
             sweep[key] = share(value, key, where)
         else:
             sweep[key] = whole(value, key, where, 0 if key == "seed" else 1)
+    if (CONTRAST in sweep.get("strategies", ())) != bool(sweep.get("mus")):
+        raise MilanError(f"{where}: the strategy contrast and values of mus need each other; add or leave out both.")
+    if any(mu <= 0 for mu in sweep.get("mus", ())):
+        raise wrong(where, "mus", sweep["mus"], "numbers above 0: the strategy rerank has none")
     return Sweep(**sweep)
 
 
@@ -152,11 +191,12 @@ def read_setting(text: str, where: str) -> Setting:
     """Reads a setting; arguments and errors as :func:`read_sweep`."""
     given = mapping(text, where, Setting)
     beam_size, length = (whole(given[key], key, where) for key in ("beam_size", "length"))
-    return Setting(beam_size, length, number(given["lam"], "lam", where))
+    lam, mu = number(given["lam"], "lam", where), number(given.get("mu", 0.0), "mu", where)
+    return Setting(beam_size, length, lam, mu)
 
 
 def _numbers(value: object, key: str, where: str) -> tuple[Any, ...]:
-    integral = key != "lams"
+    integral = key not in ("lams", "mus")
     wanted = f"a list of {'whole numbers from 1' if integral else 'numbers from 0'}, or {{from: …, to: …, step: …}}"
     numbers: Sequence[Any] = value if isinstance(value, list) else []
     if isinstance(value, dict) and set(value) == {"from", "to", "step"} and all(map(is_number, value.values())):
@@ -196,25 +236,31 @@ def rescored(
     logp_d_given_e: np.ndarray,
     logp_d: np.ndarray | None,
     lams: Sequence[float],
+    mus: Sequence[float] = (),
+    contrasted: np.ndarray | None = None,
 ) -> list[list[str]]:
-    """The best description of every unit for every λ.
+    """The best description of every unit for every setting.
 
     Args:
         texts: Candidates, [unit][beam].
         finished: Whether they reached ``<stop>``, bool (N, beam).
         logp_d_given_e: Nats, (N, beam).
         logp_d: Nats, (N, beam); may be None where λ is 0 only.
-        lams: L values of λ.
+        lams: λ of L settings.
+        mus: Their μ; empty for 0.
+        contrasted: log p(d|C), nats, (N, beam), NaN for a unit without contrasts; may be None where μ is 0.
 
     Returns:
-        [λ][unit]; complete candidates come first, and ties go to the first, as in
+        [setting][unit]; complete candidates come first, and ties go to the first, as in
         :mod:`milan_ray.stages.descriptions`.
     """
     whole = np.array([complete(*unit) for unit in zip(texts, finished, strict=True)], bool).reshape(finished.shape)
     whole |= ~whole.any(axis=1, keepdims=True)
     descriptions = []
-    for lam in lams:
+    for lam, mu in zip(lams, mus or [0.0] * len(lams), strict=True):
         scores = logp_d_given_e if logp_d is None else rescore(logp_d_given_e, logp_d, lam)
+        if mu and contrasted is not None:
+            scores = contrast(scores, contrasted, mu)
         chosen = np.where(whole, scores, -np.inf).argmax(axis=1)
         descriptions.append([readable(beams[best]) for beams, best in zip(texts, chosen, strict=True)])
     return descriptions
@@ -292,7 +338,7 @@ def _distinct(
 def best_trial(trials: pl.DataFrame, metric: str, strategies: Sequence[str] = DESCRIBED) -> dict[str, Any]:
     """The row of a table of trials with the highest score on the validation units.
 
-    Ties go to the fewest beams, then the shortest length, then the smallest λ.
+    Ties go to the fewest beams, then the shortest length, then the smallest λ and μ.
 
     Args:
         trials: Columns of :data:`~milan_ray.schema.TRIALS`.
@@ -307,8 +353,8 @@ def best_trial(trials: pl.DataFrame, metric: str, strategies: Sequence[str] = DE
     )
     if rows.is_empty():
         raise MilanError(f"nothing was tried that can be described with; add one of {', '.join(DESCRIBED)}.")
-    order = ["value", "beam_size", "length", "lam"]
-    return rows.sort(order, descending=[True, False, False, False], nulls_last=False).row(0, named=True)
+    order = ["value", "beam_size", "length", "lam", *(["mu"] if "mu" in rows.columns else [])]
+    return rows.sort(order, descending=[True, *[False] * (len(order) - 1)], nulls_last=False).row(0, named=True)
 
 
 def compare_systems(

@@ -13,6 +13,7 @@ from milan_ray.storage.files import WORK, FileStat
 from milan_ray.storage.parquet import (
     ALL_UNITS_KEY,
     CONFIG_KEY,
+    CONTRASTS_KEY,
     EXEMPLARS_KEY,
     INPUTS_KEY,
     ORDER_KEY,
@@ -27,6 +28,7 @@ from milan_ray.storage.work import WorkRemovedError
 __all__ = [
     "ALL_UNITS_KEY",
     "CONFIG_KEY",
+    "CONTRASTS_KEY",
     "EXEMPLARS_KEY",
     "FILE_NAME",
     "INPUTS_KEY",

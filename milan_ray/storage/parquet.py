@@ -30,6 +30,9 @@ ALL_UNITS_KEY = "milan_ray.whole"
 EXEMPLARS_KEY = "milan_ray.exemplars"
 """Metadata key: configuration hash of the exemplars that a file was made from."""
 
+CONTRASTS_KEY = "milan_ray.contrasts"
+"""Metadata key: configuration hash, of all units, of the contrasts that a label was made with."""
+
 ORDER_KEY = "milan_ray.order"
 """Metadata key of exemplars: the layer's place among the modules of its model."""
 

@@ -35,6 +35,7 @@ ALONE = f"{HERE}::test_options_that_would_do_nothing_are_refused"
 WORKERS = f"{HERE}::test_d_options_of_dissections_reach_the_workers"
 MORE = "cli/test_every_option_of_training.py"
 NAMES = f"{MORE}::test_dry_runs_of_what_is_done_name_what_an_option_changes"
+CONTRASTS = "stages/test_contrast.py::test_command_line_describes_with_contrasts_from_nothing"
 DESCRIBING = f"{MORE}::test_audits_describe_with_the_options_of_describing"
 ONE_LABELER = f"{MORE}::test_scores_and_searches_of_one_labeler_leave_the_others_alone"
 FED = f"{MORE}::test_encoder_weights_reach_the_encoder_even_of_a_captioner_that_brings_its_own"
@@ -217,6 +218,14 @@ ROWS: dict[str, str] = {
     "annotations statistics --bertscore": f"{MORE}::test_agreement_takes_the_language_model_asked_for",
     "baselines --bertscore": BASELINES,
     "--bf16": NAMES,
+    "--contrast": CONTRASTS,
+    "--mu": CONTRASTS,
+    "--clip-gamma": "stages/test_contrast.py::test_reranking_sets_exemplars_against_contrasts",
+    "label --mu": f"{LABEL}::test_contrasts_are_asked_for_by_mu",
+    "--contrasts": CONTRASTS,
+    "--random-contrasts": CONTRASTS,
+    "--contrast-quantile": CONTRASTS,
+    "--contrast-masks": CONTRASTS,
     "--clip": NAMES,
     "dnd --clip": f"{DND}::test_command_line_plans_and_says_what_is_missing",
     "demo --clip": "cli/test_dry_runs.py::test_demo_begins_with_its_networks",
@@ -451,6 +460,9 @@ def test_conformance_of_chosen_families_is_written(tmp_path, capsys) -> None:
     [
         (["describe", "--model", "m", "--decoder", "d", "--quantile", ".98", "--k", "15"], "--quantile, --k|--k, --q"),
         (["describe", "--model", "m", "--decoder", "d", "--probe", "p", "--clip-z", "1"], "without --clip --clip-z"),
+        (["describe", "--model", "m", "--decoder", "d", "--contrast", "c"], "without --probe"),
+        (["describe", "--model", "m", "--decoder", "d", "--probe", "p", "--mu", "1"], "without --contrast --mu"),
+        (["audit", "--mu", ".1"], "described already, --mu would do nothing"),
         (["label", "--model", "m", "--probe", "p", "--concepts", "c"], "clip-dissect --concepts would do nothing"),
         (["label", "--model", "m", "--probe", "p", "--labeler", "netdissect", "--formula-length", "2"], "compexp"),
         (["label", "--model", "m", "--probe", "p", "--labeler", "clip-dissect", "--grid", "2"], "--grid would do"),

@@ -25,8 +25,9 @@ from milan_ray.engine.stage import Known
 from milan_ray.errors import MilanError
 from milan_ray.schema import ANNOTATIONS, DESCRIPTIONS, EXEMPLARS, HELD_OUT, PASTED, TRAINING, TRIALS
 from milan_ray.stages.captioners import load_captioner, save_captioner
-from milan_ray.stages.tuning import Tuning, TuningJob
+from milan_ray.stages.tuning import Tuning
 from milan_ray.stages.tuning_statistics import read_sweep
+from milan_ray.stages.tuning_trial import TuningJob
 from milan_ray.storage import Storage
 from milan_ray.studies.cut_and_paste.run import CutAndPaste, CutAndPasteConfig
 from milan_ray.studies.spacy_pipeline import language_name

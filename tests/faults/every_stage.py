@@ -17,7 +17,7 @@ from milan_ray.annotations.layout import write_annotations
 from milan_ray.annotations.load import load
 from milan_ray.captioner.captioner import Captioner
 from milan_ray.captioner.fit import Sizes
-from milan_ray.config import ExemplarConfig, Resources, TrainingConfig
+from milan_ray.config import ContrastConfig, ExemplarConfig, Resources, TrainingConfig
 from milan_ray.engine import tuner
 from milan_ray.engine.cluster import connected
 from milan_ray.engine.references import ModelRef, ProbeRef
@@ -31,6 +31,8 @@ from milan_ray.models.image_text import ImageTextRef
 from milan_ray.schema import (
     ANNOTATIONS,
     CANDIDATES,
+    CONTRAST_ENCODINGS,
+    CONTRASTS,
     DESCRIPTIONS,
     DRAWINGS,
     ENCODINGS,
@@ -43,13 +45,15 @@ from milan_ray.schema import (
     VERDICTS,
     Table,
 )
-from milan_ray.stages import embeddings
+from milan_ray.stages import embeddings, tuning_trial
 from milan_ray.stages import training as train
 from milan_ray.stages import tuning as tune
 from milan_ray.stages.annotations_import import run_import
 from milan_ray.stages.captioners import EncoderRef, load_captioner, save_captioner
 from milan_ray.stages.clip_dissect import clip_dissect_stages
 from milan_ray.stages.concept_labels import ConceptLabels, LabelConfig
+from milan_ray.stages.contrast_descriptions import contrast_stages
+from milan_ray.stages.contrasts import ContrastSource
 from milan_ray.stages.cosy import CosyConfig, CosyScores
 from milan_ray.stages.descriptions import Search, run_descriptions
 from milan_ray.stages.dnd import stage as dnd
@@ -114,6 +118,11 @@ def annotate(storage: Storage) -> None:
     storage.write(ANNOTATIONS, ANNOTATIONS.table(columns), "said", **keys)
 
 
+def contrast(storage: Storage, probe: ProbeRef, ref: ImageTextRef) -> None:
+    source = ContrastSource(ImageEmbeddings(ref, probe), {"tiny/cnn": CNN}, CONFIG, ContrastConfig(3, 2))
+    run_stages(contrast_stages(LAYERS, SEARCH, load_captioner(storage, "toy"), ENCODER, source, 0.3), storage, HERE)
+
+
 def teach(storage: Storage) -> None:
     config = TrainingConfig(max_epochs=2, learning_rate=0.01, decoder_batch_size=4, lm_batch_size=4, hold_out=0.2)
     job = train.TrainingJob("taught", "people", (("tiny/cnn", "0"),), ENCODER, config, Sizes(4, 6))
@@ -176,12 +185,12 @@ def find_scenes(storage: Storage) -> None:
 def tune_here(storage: Storage) -> None:
     """A sweep whose trials run here, where Ray Tune would start a process for each."""
     sweep = Sweep((2,), (0.0, 0.5), ("greedy", "rerank"), (4,), "bleu-2", samples=10)
-    tune.Tuning(tune.TuningJob("sweep", "toy", "people", (("tiny/cnn", "0"),), sweep)).run(storage, HERE)
+    tune.Tuning(tuning_trial.TuningJob("sweep", "toy", "people", (("tiny/cnn", "0"),), sweep)).run(storage, HERE)
 
 
-def try_here(storage: Storage, task: tune._Task, trials: list[Trial], resources: Resources) -> None:
+def try_here(storage: Storage, task: tuning_trial.Task, trials: list[Trial], resources: Resources) -> None:
     for trial in trials:
-        tune._run_trial({"trial": asdict(trial)}, task)
+        tuning_trial.run_trial({"trial": asdict(trial)}, task)
 
 
 def in_turn(function: Callable[[object], object], items: Sequence[object], *_: float) -> Iterator[tuple[int, object]]:
@@ -280,6 +289,10 @@ def stages(photos, save_clip, tmp_path_factory) -> dict[str, dict[str, Stage]]:
             {IMAGE_EMBEDDINGS: "image_embeddings"},
         ),
         "text embeddings": Stage(lambda place: text_embeddings(place, texts, embedder, HERE), {}),
+        "contrast": Stage(
+            lambda place: contrast(place, probe, embedder),
+            {CONTRASTS: "contrasts", CONTRAST_ENCODINGS: "contrast_encodings"},
+        ),
     }
     fields = {
         "dissected": Stage(look, exemplars),

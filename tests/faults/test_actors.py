@@ -18,7 +18,7 @@ from tests.faults import every_stage
 from tests.faults.test_killed_at_each_write import public, runs
 
 STAGES = {
-    "photographs": ("exemplars", "masks", "encodings", "descriptions", "reranking", "image embeddings"),
+    "photographs": ("exemplars", "masks", "encodings", "descriptions", "reranking", "image embeddings", "contrast"),
     "fields": ("labels", "clip-dissect", "scores", "cosy"),
     "scenes": ("dnd",),
     "found": ("dnd-probe",),

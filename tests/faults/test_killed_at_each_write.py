@@ -133,7 +133,7 @@ FAST = {
     "published": ("import",),
 }
 LONG = {
-    "photographs": ("reranking",),
+    "photographs": ("reranking", "contrast"),
     "scenes": ("dnd",),
     "found": ("dnd-probe",),
     "experiments": ("analysis", "editing", "pasting"),

@@ -15,6 +15,7 @@ from torch import nn
 from toys import toy_captioner
 
 from milan_ray.captioner.beam import beam_search
+from milan_ray.captioner.contrast import logp_given
 from milan_ray.captioner.encoder import EncoderSpec, MaskedExemplars, PyramidEncoder, encode_exemplars
 from milan_ray.captioner.training import EarlyStopping, greedy_captions
 from milan_ray.exemplars import forward as forward_module
@@ -132,6 +133,9 @@ MUST_WAIT: dict[str, Callable[[PretendedCuda], object]] = {
     "captioner.beam.beam_search": lambda gpu: beam_search(captioner_on(gpu).decoder, on_gpu(3, 4, 10), 5, 7),
     "captioner.captioner.Captioner.candidates": lambda gpu: captioner_on(gpu).candidates(
         np.zeros((3, 4, 10), np.float32)
+    ),
+    "captioner.contrast.logp_given": lambda gpu: logp_given(
+        captioner_on(gpu), [[4, 5], [6]], np.zeros((3, 10), np.float32)
     ),
     "captioner.training.greedy_captions": lambda gpu: greedy_captions(
         (captioner := captioner_on(gpu)).decoder, on_gpu(3, 4, 10), captioner.indexer

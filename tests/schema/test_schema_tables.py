@@ -7,7 +7,7 @@ import pyarrow as pa
 import pytest
 
 from milan_ray import schema
-from milan_ray.schema import EXEMPLARS, LEVELS, MANIFEST, SKIPPED, TABLES, Table
+from milan_ray.schema import EXEMPLARS, LEVELS, MANIFEST, SKIPPED, TABLES, TRIALS, Table
 
 by_table = pytest.mark.parametrize("table", TABLES, ids=lambda table: table.name)
 
@@ -90,3 +90,13 @@ def test_table_of_integers_too_large_for_their_column_raises(table, column):
     columns = {c.name: pa.nulls(1, c.type) for c in table.columns}
     with pytest.raises(pa.ArrowInvalid):
         table.table({**columns, column: pa.array([2**31])})
+
+
+def test_file_of_an_earlier_version_without_an_added_column_is_valid_and_without_another_is_not():
+    assert [column.name for column in TRIALS.columns if column.added] == ["mu"]
+    TRIALS.check(TRIALS.schema.remove(TRIALS.schema.get_field_index("mu")))
+    with pytest.raises(pa.ArrowInvalid, match="no column 'chosen'"):
+        TRIALS.check(TRIALS.schema.remove(TRIALS.schema.get_field_index("chosen")))
+    wrong = TRIALS.schema.set(TRIALS.schema.get_field_index("mu"), pa.field("mu", pa.string()))
+    with pytest.raises(pa.ArrowInvalid, match="'mu' holds string"):
+        TRIALS.check(wrong)

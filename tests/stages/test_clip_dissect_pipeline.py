@@ -11,19 +11,20 @@ import pytest
 import torch
 from PIL import Image
 
-from milan_ray.config import ExemplarConfig, Resources
+from milan_ray.config import ContrastConfig, ExemplarConfig, Resources
 from milan_ray.engine.references import ModelRef, ProbeRef, probe
 from milan_ray.engine.stage import run_stage
 from milan_ray.engine.status import status
 from milan_ray.errors import MilanError
 from milan_ray.exemplars.pooled import matrix
-from milan_ray.labelers.clip_dissect import CLIP_DISSECT, SIMILARITIES, WPMI, ClipDissect
+from milan_ray.labelers.clip_dissect import CLIP_DISSECT, CLIP_DISSECT_CONTRAST, SIMILARITIES, WPMI, ClipDissect
 from milan_ray.models.image_text import ImageText, ImageTextRef
 from milan_ray.probe.manifest import image_refs
-from milan_ray.schema import DESCRIPTIONS, EXEMPLARS, IMAGE_EMBEDDINGS, MANIFEST, POOLED, TEXT_EMBEDDINGS
+from milan_ray.schema import CONTRASTS, DESCRIPTIONS, EXEMPLARS, IMAGE_EMBEDDINGS, MANIFEST, POOLED, TEXT_EMBEDDINGS
 from milan_ray.scoring.simulation import held_out
 from milan_ray.stages import clip_dissect, embeddings
 from milan_ray.stages.clip_dissect import clip_dissect_stages
+from milan_ray.stages.contrasts import ContrastSource
 from milan_ray.stages.embeddings import ImageEmbeddings, image_embeddings, text_embeddings
 from milan_ray.stages.exemplars import Exemplars
 from milan_ray.storage import EXEMPLARS_KEY, Storage
@@ -70,8 +71,10 @@ def source(folder: Path) -> ProbeRef:
     return ProbeRef((str(folder),))
 
 
-def dissect(storage: Storage, layers: dict, folder: Path, how: ClipDissect, ref: ImageTextRef, *units: tuple) -> None:
-    for stage in clip_dissect_stages(layers, source(folder), how, ref, *units):
+def dissect(
+    storage: Storage, layers: dict, folder: Path, how: ClipDissect, ref: ImageTextRef, units: tuple = ()
+) -> None:
+    for stage in clip_dissect_stages(layers, source(folder), how, ref, units):
         run_stage(stage, storage, ONE)
 
 
@@ -186,6 +189,46 @@ def test_labels_equal_dense_matrices(storage, folder, request_of, similarity, mo
         meta = storage.metadata(DESCRIPTIONS, **keys)
         assert meta[EXEMPLARS_KEY] == storage.config_of(EXEMPLARS, model="tiny/cnn", layer=layer)
     assert not storage.files("_work")
+
+
+@pytest.mark.parametrize("similarity", ["soft_wpmi", "wpmi"])
+def test_labels_with_contrasts_equal_dense_matrices(storage, folder, request_of, similarity):
+    how, plain = ClipDissect(CONCEPTS, similarity, mu=0.6), ClipDissect(CONCEPTS, similarity)
+    model = ModelRef("tiny/cnn", layers=LAYERS["tiny/cnn"], plugins=(PLUGIN,))
+    images = ImageEmbeddings(request_of, source(folder))
+    contrasts = ContrastSource(images, {"tiny/cnn": model}, CONFIG, ContrastConfig(3, 2))
+    for stage in clip_dissect_stages(LAYERS, source(folder), how, request_of, (), contrasts):
+        run_stage(stage, storage, ONE)
+    parameters = WPMI[similarity]
+    ids, embedded = image_embeddings(storage, **images.keys)
+    p = np.exp(parameters.a * (embedded @ ImageText(request_of.folder).embed_texts(CONCEPTS).numpy().T).astype(float))
+    p /= p.sum(axis=1, keepdims=True)
+    for layer in LAYERS["tiny/cnn"]:
+        expected, keys = dense(storage, layer, request_of, plain), {"model": "tiny/cnn", "layer": layer}
+        chosen = storage.read(CONTRASTS, encoder=images.ref.name, **keys).to_pylist()
+        most = max(row["rank"] for row in chosen) + 1
+        for row in storage.read(DESCRIPTIONS, labeler=CLIP_DISSECT_CONTRAST, **keys).to_pylist():
+            own = expected[row["unit"]]
+            others = np.searchsorted(ids, [each["image_id"] for each in chosen if each["unit"] == row["unit"]])
+            if len(others):
+                w = np.ones(most) if parameters.soft is None else 0.998 - np.arange(most) / most * 0.028
+                near, small = p[others], 1e-7
+                terms = near + small if parameters.soft is None else 1 + w[: len(near), None] * (near - 1) + small
+                own = own - 0.6 * how.images(len(ids)) / len(others) * np.log(terms).sum(axis=0)
+            elif row["description"] == "none":
+                continue
+            for label in row["n_best"]:
+                assert own[CONCEPTS.index(label["text"])] == pytest.approx(label["score"], rel=1e-4, abs=1e-4)
+            assert row["score"] == pytest.approx(own.max(), rel=1e-4, abs=1e-4)
+        meta = storage.metadata(DESCRIPTIONS, labeler=CLIP_DISSECT_CONTRAST, **keys) or {}
+        assert meta["contrasts"] == images.ref.name and meta["mu"] == "0.6"
+    assert not storage.partitions(DESCRIPTIONS, labeler=CLIP_DISSECT)
+
+
+def test_contrasts_of_a_similarity_that_has_no_use_for_them_are_one_sentence():
+    with pytest.raises(MilanError, match="--similarity soft_wpmi or wpmi"):
+        ClipDissect(CONCEPTS, "rank_reorder", mu=0.1)
+    assert "mu" not in ClipDissect(CONCEPTS).identity()
 
 
 def test_a_killed_job_goes_on_and_a_second_run_does_nothing(storage, folder, request_of, tmp_path, monkeypatch, capsys):

@@ -80,6 +80,17 @@ def test_units_are_named_and_a_dry_run_finds_them_done(storage, tmp_path, capsys
     assert "unknown similarity 'soft'; nearest: soft_wpmi" in capsys.readouterr().err
 
 
+def test_contrasts_are_asked_for_by_mu(storage, capsys):
+    options = [*labelled(Path(storage.root).parent), "--mu", "0.5", "--contrasts", "2", "--contrast-quantile", "0.3"]
+    assert cli.main([*options, "--dry-run"]) == 0
+    planned = capsys.readouterr().out
+    assert "contrasts" in planned and "clip-dissect-contrast flags/watcher seen" in planned
+    assert cli.main([*options, "--similarity", "cos_similarity", "--dry-run"]) == 1
+    assert "has no use for contrasts" in capsys.readouterr().err
+    assert cli.main([*labelled(Path(storage.root).parent), "--contrasts", "2"]) == 1
+    assert "without --mu --contrasts would do nothing" in capsys.readouterr().err
+
+
 def described(storage: Storage) -> list[Described]:
     return described_layers(storage, ["flags/watcher"])
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import shutil
 import subprocess
 import sys
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -22,18 +23,21 @@ from milan_ray.labelers.milan import MILAN
 runtime.prepare(None)  # before anything imports Ray: this file is a job, too
 
 from milan_ray.captioner.captioner import Captioner, best_descriptions
-from milan_ray.captioner.text import Vocabulary
+from milan_ray.captioner.rerank import choice_order
+from milan_ray.captioner.text import Vocabulary, readable
 from milan_ray.cli.describe import search_of
 from milan_ray.config import Resources
 from milan_ray.engine.cluster import connected
 from milan_ray.engine.stage import Known
 from milan_ray.errors import MilanError
-from milan_ray.schema import ANNOTATIONS, CANDIDATES, DESCRIPTIONS, ENCODINGS, SCORES, TRIALS
+from milan_ray.schema import ANNOTATIONS, CANDIDATES, CONTRAST_ENCODINGS, DESCRIPTIONS, ENCODINGS, SCORES, TRIALS
 from milan_ray.scoring.text import bleu_statistics, bleu_values
+from milan_ray.stages import tuning, tuning_trial
 from milan_ray.stages.captioners import save_captioner
 from milan_ray.stages.descriptions import Search, run_descriptions
-from milan_ray.stages.tuning import Tuning, TuningJob
+from milan_ray.stages.tuning import Tuning
 from milan_ray.stages.tuning_statistics import Sweep, read_setting, split_units
+from milan_ray.stages.tuning_trial import TuningJob
 from milan_ray.storage import Storage
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -226,6 +230,56 @@ def test_what_a_captioner_cannot_do_is_said_before_any_trial(storage):
     save_captioner(storage, "mute", replace(peaked_captioner(), lm=None), "No language model.")
     with pytest.raises(MilanError, match="has no language model"):
         Tuning(replace(JOB, decoder="mute")).run(storage, Resources())
+
+
+def test_trials_with_contrasts_equal_ranking_by_hand(storage, tmp_path, monkeypatch):
+    copy = Storage(shutil.copytree(storage.root, tmp_path / "copy"))
+    sweep = Sweep((6,), (0.0, 0.2), ("beam", "rerank", "contrast"), (5,), "bleu-2", samples=50, mus=(0.3, 0.8))
+    job = replace(JOB, name="contrasts", sweep=sweep)
+    with pytest.raises(MilanError, match="describe --contrast MODEL"):
+        Tuning(job).run(copy, Resources())
+    others = {layer: np.flip(values, axis=0)[1:, :3].copy() for layer, values in features().items()}  # last unit: none
+    for layer, values in others.items():
+        n, k, _ = values.shape
+        columns = {"unit": np.repeat(np.arange(n), k), "rank": np.tile(np.arange(k), n)}
+        keys = {"encoder": "tiny", "model": "toy/model", "layer": layer}
+        rows = CONTRAST_ENCODINGS.table(columns | {"feature": list(values.reshape(n * k, -1))}, **keys)
+        copy.write(CONTRAST_ENCODINGS, rows, "contrasts", **keys)
+
+    def here(storage, task, trials, resources):
+        for trial in trials:
+            tuning_trial.run_trial({"trial": asdict(trial)}, task)
+
+    monkeypatch.setattr(tuning, "_run_trials", here)
+    monkeypatch.setattr("milan_ray.engine.tuner.report", lambda scores: None)
+    setting = Tuning(job).run(copy, Resources())
+    tried = pl.DataFrame(copy.read(TRIALS, decoder="toy", sweep="contrasts")).filter(pl.col("metric") == "bleu-2")
+    split = split_units(20, sweep)
+    assert len(tried.select("strategy", "lam", "mu").unique()) == 2 + 4
+    for row in tried.iter_rows(named=True):
+        said = said_with_contrasts(others, row["lam"], row["mu"])
+        assert row["value"] == pytest.approx(bleu_2(said, split[row["split"]])), row
+    best = tried.filter("chosen").row(0, named=True)
+    assert best["value"] == tried.filter(pl.col("split") == "validation")["value"].max()
+    assert (setting.lam, setting.mu) == (best["lam"], best["mu"])
+    assert len({tuple(said_with_contrasts(others, 0.2, mu)) for mu in (0.0, 0.3, 0.8)}) == 3  # μ matters
+
+
+def said_with_contrasts(others: dict[str, np.ndarray], lam: float, mu: float) -> list[str]:
+    captioner, said = peaked_captioner(), []
+    for layer, values in features().items():
+        found = captioner.candidates(values, 6, 5)
+        for unit, texts in enumerate(found.texts):
+            scores = found.scores(lam)[unit].copy()
+            for beam, tokens in enumerate(found.tokens[unit]):
+                if unit < len(others[layer]):
+                    images = torch.from_numpy(others[layer][unit])[None]
+                    with torch.no_grad():
+                        log_probs, _ = captioner.decoder(images, torch.tensor([tokens]))
+                    scores[beam] -= mu * float(log_probs[0].gather(1, torch.tensor([tokens]).T).sum())
+            order = choice_order(scores, texts, found.finished[unit])
+            said.append(readable(texts[order[0]]))
+    return said
 
 
 if __name__ == "__main__":

@@ -62,7 +62,41 @@ def test_trials_of_beam_alone_have_no_lambda():
     assert Trial("rerank", 5, 15, (0.0, 0.1)).strategy_at(0.0) == "beam"
 
 
-@pytest.mark.parametrize("name", ["rerank.yaml", "reference_sweep.yaml"])
+def test_trials_with_contrasts_try_every_trade_of_lambda_and_mu():
+    sweep = Sweep((5,), (0.0, 0.2, 0.7), ("rerank", "contrast"), mus=(0.3, 0.8))
+    (trial,) = sweep.trials()
+    assert trial.settings == [
+        (0.0, 0.0),
+        (0.0, 0.3),
+        (0.0, 0.8),
+        (0.2, 0.0),
+        (0.2, 0.3),
+        (0.2, 0.8),
+        (0.7, 0.0),
+        (0.7, 0.3),
+    ]
+    assert [trial.strategy_at(*setting) for setting in trial.settings[:3]] == ["beam", "contrast", "contrast"]
+    assert all(mu > 0 for _, mu in Sweep((5,), (0.2,), ("contrast",), mus=(0.3,)).trials()[0].settings)
+
+
+def test_sweep_without_contrasts_has_the_identity_that_it_had():
+    assert "mus" not in Sweep((5,), (0.1,)).identity()
+    assert Sweep((5,), (0.1,), ("contrast",), mus=(0.1,)).identity()["mus"] == (0.1,)
+
+
+def test_rescored_with_contrasts_subtracts_what_they_make_likely():
+    unlike = np.where(np.arange(LIKELY.size).reshape(LIKELY.shape) % 2, -1.0, -50.0).astype(np.float32)
+    unlike[0] = np.nan  # no contrasts
+    lams, mus = [0.2, 0.2, 0.0], [0.0, 0.7, 1.0]
+    said = rescored(TEXTS, FINISHED, LIKELY, PRIOR, lams, mus, unlike)
+    for lam, mu, texts in zip(lams, mus, said, strict=True):
+        scores = LIKELY - lam * PRIOR - mu * np.nan_to_num(unlike)
+        alone = rescored(TEXTS, FINISHED, scores.astype(np.float32), PRIOR, [0.0])[0]
+        assert texts == alone
+    assert said[1][0] == said[0][0] and said[1][1:] != said[0][1:]
+
+
+@pytest.mark.parametrize("name", ["rerank.yaml", "contrast.yaml", "reference_sweep.yaml"])
 def test_shipped_search_spaces_can_be_read(name):
     assert read_sweep((CONFIGS / name).read_text(encoding="utf-8"), name).trials()
 
@@ -83,6 +117,9 @@ def test_the_reference_sweep_has_its_beams_and_lambdas():
         (NUMBERS + "beam_size: 3", "unknown key in c.yaml: 'beam_size'; nearest: beam_sizes"),
         ("lams: [0]\nbeam_sizes: [5.5]", "beam_sizes must be a list of whole numbers"),
         ("lams: [0]\nbeam_sizes: [true]", "beam_sizes must be"),
+        ("lams: [0]\nbeam_sizes: [5]\nmus: [0.1]", "contrast and values of mus need each other"),
+        ("lams: [0]\nbeam_sizes: [5]\nstrategies: [contrast]", "contrast and values of mus need each other"),
+        ("lams: [0]\nbeam_sizes: [5]\nstrategies: [contrast]\nmus: [0]", "mus must be numbers above 0"),
         ("lams: [-1]\nbeam_sizes: [5]", "lams must be a list of numbers from 0"),
         ("lams: [.nan]\nbeam_sizes: [5]", "lams must be"),
         ("lams: {from: 0, to: 1}\nbeam_sizes: [5]", "{from: …, to: …, step: …}"),
@@ -101,9 +138,10 @@ def test_a_bad_search_space_is_one_sentence(text, says):
 
 
 def test_a_setting_is_read_as_it_was_written():
-    setting = Setting(beam_size=20, length=15, lam=0.35)
+    setting = Setting(beam_size=20, length=15, lam=0.35, mu=0.1)
     text = to_yaml(setting, "chosen by nobody")
     assert read_setting(text, "s.yaml") == setting
+    assert read_setting("beam_size: 20\nlength: 15\nlam: 0.35", "s.yaml") == Setting(20, 15, 0.35)  # of older versions
     with pytest.raises(MilanError, match=r"s\.yaml: lam must be a number, not 'x'"):
         read_setting(text.replace("0.35", "x"), "s.yaml")
 

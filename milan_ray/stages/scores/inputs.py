@@ -15,10 +15,10 @@ from milan_ray.errors import MilanError
 from milan_ray.exemplars.pooled import matrix
 from milan_ray.models.image_text import Embedder, ImageText
 from milan_ray.progress import say
-from milan_ray.schema import DESCRIPTIONS, EXEMPLARS, POOLED, UNIT_SCORES
+from milan_ray.schema import CONTRASTS, DESCRIPTIONS, EXEMPLARS, POOLED, UNIT_SCORES
 from milan_ray.scoring.evaluation import CONSTANT, SHUFFLED, shuffled
 from milan_ray.scoring.simulation import SIGMOIDS, Sigmoid, held_out
-from milan_ray.storage import Storage
+from milan_ray.storage import CONTRASTS_KEY, Storage
 
 KERNEL_VERSION = "scores-1"
 
@@ -43,7 +43,8 @@ class ScoreConfig:
 
     Attributes:
         pooling: ``mean`` or ``max``: what stands for an activation map.
-        share: Share of the probe's images that are used, chosen by id; 1 uses all. A unit's exemplars never count.
+        share: Share of the probe's images that are used, chosen by id; 1 uses all. A unit's exemplars and the
+            contrasts of its label never count.
         top: Of AUPRC: share of the images that count as exciting the unit.
         retrieved: Of retrieval: images nearest to a description.
         sigmoid: How a fit becomes a prediction; None takes what belongs to the kind of model, and the fit as it is
@@ -130,7 +131,7 @@ class UnitActivations:
     Attributes:
         ids: int64 (N,), ascending.
         activations: float32 (N, B), NaN where there is none.
-        use: bool (N, B): finite, and not one of the unit's exemplars.
+        use: bool (N, B): finite, and neither one of the unit's exemplars nor one of the contrasts of its label.
     """
 
     ids: np.ndarray
@@ -160,7 +161,7 @@ class UnitActivations:
             ids.append(part_ids[counts])
             values.append(matrix(part[config.pooling])[counts][:, list(units)])
         image_ids, activations = np.concatenate(ids), np.concatenate(values)
-        table = storage.read(EXEMPLARS, ["unit", "image_id"], **keys)
+        table = pa.concat_tables([storage.read(EXEMPLARS, ["unit", "image_id"], **keys), contrasts_of(storage, layer)])
         of, images = table["unit"].to_numpy(), table["image_id"].to_numpy()
         use = np.isfinite(activations)
         for column, unit in enumerate(units):
@@ -177,6 +178,26 @@ def begun(job: Job) -> list[int]:
     if "due" not in job.storage.work_names(job.work):
         job.storage.put_work(job.work, "due", pa.table({"number": due}))
     return sorted({*due, *job.storage.get_work(job.work, "due")["number"].to_pylist()})
+
+
+def contrasts_of(storage: Storage, described: Described) -> pa.Table:
+    """The contrasts that a layer's labels were made with: columns unit and image_id, none for most labelers.
+
+    Raises:
+        MilanError: The contrasts are no longer those that made the labels, so that nobody knows which images did.
+    """
+    keys = {"model": described.model, "layer": described.layer}
+    meta = storage.metadata(DESCRIPTIONS, **described.keys) or {}
+    if CONTRASTS_KEY not in meta:
+        return storage.read(EXEMPLARS, ["unit", "image_id"], **keys).slice(0, 0)
+    encoder = meta["contrasts"]
+    present = storage.metadata(CONTRASTS, encoder=encoder, **keys)
+    if present is None or storage.all_units_of(CONTRASTS, encoder=encoder, **keys) != meta[CONTRASTS_KEY]:
+        raise MilanError(
+            f"the contrasts by {encoder} that {described.labeler} labelled {described.model} {described.layer} with "
+            "are gone or others, so nobody knows which images made these labels; make the labels again."
+        )
+    return storage.read(CONTRASTS, ["unit", "image_id"], encoder=encoder, **keys)
 
 
 def unit_scores(keys: Mapping[str, str], rows: pa.Table) -> pa.Table:
