@@ -53,7 +53,6 @@ NOT_RUN = {
     "annotations import base": "a download: tests/stages/test_published_sets.py imports a set of its own",
     "describe .*--decoder own": "a captioner that the tutorial trains: the marked blocks run it",
     "score .*--clip photos/conse": "descriptions by that captioner: tests/stages/test_scores.py has others",
-    "score .*--calibrate": "units whose concepts are known: tests/stages/test_verdicts.py has some",
     "annotations import units.csv": "text about networks of one's own: tests/stages/test_own_text.py has some",
     "annotations (collect|answers)": "people's answers: tests/stages/test_collection_pipeline.py makes some",
     "annotations statistics annotations.csv": "a pipeline of spaCy that has to be downloaded",
