@@ -28,7 +28,9 @@ LINES = {
 }
 """A line that each example prints, or how it begins."""
 
-ELSEWHERE = {"cifar_resnets", "label_maps", "own_text", "picture_of_units", "superposition", "unseen_networks"}
+ELSEWHERE = {
+    "cifar_resnets", "label_maps", "own_text", "picture_of_units", "superposition", "unseen_networks", "verdicts",
+}  # fmt: skip
 """A plug-in that is no program, and programs that need files or descriptions: tests/examples has a test of each."""
 
 LONG = {"concept_labels", "custom_probe", "describe_units", "dissect_network"}

@@ -100,10 +100,10 @@ NO_NAMES = {
 """Options that never are a part of a path in a storage: words, numbers, choices, and the storage itself."""
 
 LOOKED_UP = {
-    "--annotations", "--captioner", "--clip", "--decoder", "--encoder", "--fine-tune", "--generator", "--group",
-    "--contrast", "--labeler", "--language", "--layers", "--llm", "--milan", "--model", "--pair", "--plugin", "--probe",
-    "--features", "--layer",
-    "--segmentation", "--semantic", "--source", "--test", "--weights", "--zoo", "model", "name", "other",
+    "--annotations", "--calibrate", "--captioner", "--clip", "--contrast", "--decoder", "--encoder", "--features",
+    "--fine-tune", "--generator", "--group", "--labeler", "--language", "--layer", "--layers", "--llm", "--milan",
+    "--model", "--pair", "--plugin", "--probe", "--segmentation", "--semantic", "--source", "--supported-by",
+    "--test", "--verdicts-by", "--weights", "--zoo", "model", "name", "other",
 }  # fmt: skip
 """Options that name what is there already: registered, in the storage, or a file; what registers it knows the rule."""
 

@@ -95,7 +95,7 @@ def test_benchmarks_read_the_photographs_given_or_refuse_them(tmp_path: Path, ca
     assert cli.main(["benchmark", "merge", "--short", "--photos", str(tmp_path)]) == 1
     assert f"no JPEG photographs in --photos {tmp_path}" in capsys.readouterr().err
     assert cli.main(["benchmark", "report", "--short", "--photos", str(tmp_path)]) == 1
-    assert "in benchmark report --photos would do nothing: take one of exemplars" in capsys.readouterr().err
+    assert "in benchmark report --photos would do nothing: take one of effects, exemplars" in capsys.readouterr().err
     assert cli.main(["benchmark", "merge", "--short", "--minutes", "3"]) == 1
     assert "in benchmark merge --minutes would do nothing: take one of gpu" in capsys.readouterr().err
     assert cli.main(["benchmark", "merge", "--short", "--models", "3"]) == 1

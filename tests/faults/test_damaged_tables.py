@@ -43,11 +43,11 @@ NOT_TO_BE_SEEN = ("no_rows",)
 TABLES = (
     "manifest", "exemplars", "levels", "pooled", "views", "skipped", "encodings", "image_embeddings", "text_embeddings",
     "candidates", "descriptions", "annotations", "runs", "scores", "unit_scores", "differences", "changes", "audits",
-    "audited",
+    "audited", "verdicts",
 )  # fmt: skip
 REPORTED = (
     "exemplars", "levels", "views", "skipped", "descriptions", "annotations", "runs", "scores", "unit_scores",
-    "differences", "changes", "audits", "audited", "manifest",
+    "differences", "changes", "audits", "audited", "manifest", "verdicts",
 )  # fmt: skip
 """What the report shows; encodings as well, where they are sound as far as they go."""
 

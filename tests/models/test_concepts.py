@@ -55,7 +55,7 @@ def test_file_has_nothing_but_kinds_and_words() -> None:
 
 
 def test_option_concepts_takes_the_list_by_name() -> None:
-    args = Namespace(concepts=EVERYDAY, similarity="wpmi", pooling="max", hold_out=0.5)
+    args = Namespace(concepts=EVERYDAY, similarity="wpmi", pooling="max", hold_out=0.5, mu=None)
     labeler = _clip_dissect(args)
     assert labeler.concepts == concept_list(EVERYDAY)
     assert (labeler.similarity, labeler.pooling, labeler.hold_out) == ("wpmi", "max", 0.5)

@@ -310,7 +310,7 @@ def test_report_shows_figures_of_experiments_with_their_models(sheet_storage: St
 
 def test_report_shows_the_figure_of_a_tuning(sheet_storage: Storage, tmp_path: Path) -> None:
     row = {"strategy": "rerank", "beam_size": 5, "length": 15, "lam": 0.2, "split": "validation", "metric": "bleu"}
-    row |= {"value": 1.0, "low": 0.0, "high": 2.0, "n": 9, "chosen": True, "decoder": "d/1", "sweep": "a"}
+    row |= {"value": 1.0, "low": 0.0, "high": 2.0, "n": 9, "chosen": True, "decoder": "d/1", "sweep": "a", "mu": 0.0}
     keys, table = {"decoder": "d/1", "sweep": "a"}, TRIALS.table({name: [value] for name, value in row.items()})
     sheet_storage.write(TRIALS, table, "c", **keys)
     sheet_storage.put(str(Path(sheet_storage.path(TRIALS, **keys)).with_name("figure.svg")), b"<svg></svg>")
