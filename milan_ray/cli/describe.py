@@ -200,7 +200,7 @@ def search_of(args: argparse.Namespace, decoder: str) -> Search:
             f"{args.setting} has μ = {setting.mu:g}, which was chosen together with its λ: give --contrast MODEL, or "
             "another λ with --lam."
         )
-    if setting.mu and getattr(args, "mu", 0.0) is None:
+    if setting.mu is not None and getattr(args, "mu", 0.0) is None:
         args.mu = setting.mu
     values = asdict(setting)
     del values["mu"]

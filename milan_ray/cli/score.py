@@ -20,6 +20,9 @@ if TYPE_CHECKING:
     from milan_ray.engine.references import ModelRef
     from milan_ray.engine.stage import RunnableStage
     from milan_ray.scoring.simulation import Sigmoid
+    from milan_ray.stages.scores import Described
+    from milan_ray.stages.scores.inputs import Classes
+    from milan_ray.storage import Storage
 
 
 def add(parser: argparse.ArgumentParser) -> None:
@@ -66,6 +69,25 @@ def _sigmoid(text: str) -> Sigmoid:
     return Sigmoid(a, b)
 
 
+def _learning(args: argparse.Namespace, storage: Storage, classes: Classes) -> tuple[Classes, tuple[Described, ...]]:
+    """What ``--calibrate`` learns from: layers of other networks whose concepts are known, and what is untrained.
+
+    Raises:
+        MilanError: One of the untrained networks is not described, or no other network has such a layer.
+    """
+    from milan_ray.stages.scores import described_layers
+
+    untrained: list[str] = args.calibrate or []
+    found = tuple(layer for name in untrained for layer in described_layers(storage, [name], args.labeler))
+    truth = {keys: names for keys, names in classes.items() if untrained and keys[0] not in untrained}
+    if untrained and not truth:
+        raise MilanError(
+            f"--calibrate {' '.join(untrained)} learns true descriptions from other networks: name one with --model "
+            "whose units stand for known concepts."
+        )
+    return truth, found
+
+
 def run(args: argparse.Namespace) -> int:
     """Runs the subcommand; returns the exit status."""
     from milan_ray.engine.planner import Plan
@@ -89,7 +111,7 @@ def run(args: argparse.Namespace) -> int:
     judge = None if args.clip is None else image_text_ref(args)
     named = args.clip and (args.class_names or args.sanity or args.calibrate)
     classes = class_layers(storage, described, _classes(models)) if named else {}
-    untrained = described_layers(storage, args.calibrate, args.labeler) if args.calibrate else []
+    truth, untrained = _learning(args, storage, classes)
     painter, cosy = GeneratorRef(args.generator or ""), CosyConfig(args.images, args.seed, args.prompt)
     layers = {
         model: list(dict.fromkeys(what.layer for what in described if what.model == model))
@@ -102,7 +124,8 @@ def run(args: argparse.Namespace) -> int:
         if judge is not None:
             own = {keys: names for keys, names in classes.items() if keys[0] in left}
             compared, judged = own if args.class_names else None, own if args.sanity else None
-            learning = Learning(own, tuple(untrained)) if own and untrained else None
+            known = {keys: names for keys, names in truth.items() if keys[0] in left}
+            learning = Learning(known, untrained) if known else None
             yield score_stages(chosen, probe, judge, config, compared, judged, learning)
         if args.generator is not None:
             generating = [model for model in models if model.name in left]

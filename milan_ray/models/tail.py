@@ -20,7 +20,7 @@ from milan_ray.device import to_device
 from milan_ray.errors import MilanError
 from milan_ray.models.ablation import replaced
 from milan_ray.models.hooks import call, find_places, first_tensor, hooked, mapped, tensors, unwrap
-from milan_ray.models.inputs import prepare, runs_alone
+from milan_ray.models.inputs import computes_in, prepare, runs_alone
 from milan_ray.models.layouts import Layout
 from milan_ray.models.registry import ModelInput, ModelSpec
 
@@ -90,7 +90,8 @@ class Tail:
         self._spec, self._model, self._layer, self._layout = spec, unwrap(model), layer, layout
         self._place = find_places(model, [layer])[layer]
         self._axis = layout.units_axis + (layout.units_axis < layout.batch_axis)
-        self._alone = runs_alone(model)
+        self._alone = runs_alone(model) or spec.max_batch == 1
+        self._most = spec.batch(WHOLE_ROWS)
         self._axes: dict[Call, list[tuple[int, int]]] = {}  # of results: batch axis and rows per image
         self._copied: set[Call] = set()  # results that something writes into
         self._recording: _Recording | None = None
@@ -99,6 +100,11 @@ class Tail:
         self._target_call = self._place.call or 0
         parameter = next(iter(model.parameters()), None)
         self._device = torch.device("cpu") if parameter is None else parameter.device
+
+    @property
+    def coarse(self) -> bool:
+        """Whether the network computes in half precision."""
+        return torch.finfo(computes_in(self._model)).bits < 32
 
     @property
     def base_logits(self) -> torch.Tensor:
@@ -144,8 +150,8 @@ class Tail:
         """
         self.replayed = True
         try:
-            if self._alone:
-                return torch.cat([self._replay(row[None]) for row in rows])
+            if self._alone or self._spec.max_batch is not None:
+                return torch.cat([self._replay(part) for part in rows.split(1 if self._alone else self._most)])
             return self._replay(rows)
         except _NotReplayedError:
             self.replayed = False
@@ -155,7 +161,7 @@ class Tail:
     def whole_logits(self, rows: torch.Tensor) -> torch.Tensor:
         """As :meth:`logits`, by passes of the whole network in which only the layer's output is replaced."""
         parts = []
-        for part in rows.split(1 if self._alone else WHOLE_ROWS):
+        for part in rows.split(1 if self._alone else self._most):
             calls, inputs = 0, self._repeated(len(part))
 
             def replace(module: nn.Module, args: object, output: object, part: torch.Tensor = part) -> object:

@@ -41,7 +41,12 @@ EFFECTS = Table(
             "logit, change of the share of images predicted as it; empty for random",
         ),
         Column("lost", CLASSES, "classes whose probability fell most, likewise"),
-        Column("peer", pa.int32(), "another unit, of the nearest strength: a baseline; null for a silent unit", True),
+        Column(
+            "peer",
+            pa.int32(),
+            "another unit, of the nearest strength: a baseline; null for a silent unit and with --units",
+            True,
+        ),
         Column("peer_moved", pa.float64(), "the same change of the peer: its moved; null without a peer", True),
     ),
     "What one change of one unit does to the classes.",

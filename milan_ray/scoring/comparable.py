@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import polars as pl
 
+from milan_ray.errors import MilanError
 from milan_ray.names import SIGN
 from milan_ray.progress import say
 from milan_ray.schema import EXEMPLARS
@@ -19,12 +20,19 @@ def comparable(units: pl.DataFrame, models: Sequence[str], what: str) -> pl.Data
         units: Columns model and layer.
         models: The networks.
         what: What counts them, for the line that says what is left out.
+
+    Raises:
+        MilanError: Nothing of a network is left.
     """
     having = {layer: set(some["model"]) for (layer,), some in units.group_by("layer") if SIGN in str(layer)}
     lacking = sorted(str(layer) for layer, owners in having.items() if owners != set(models))
     if lacking:
         say(f"{what}: left out {', '.join(lacking)}, features that not every network has")
-    return units.filter(~pl.col("layer").is_in(lacking))
+    left = units.filter(~pl.col("layer").is_in(lacking))
+    for model in models:
+        if model not in left["model"] and model in units["model"]:
+            raise MilanError(f"{what}: only features of {model} are described that others lack: describe its units.")
+    return left
 
 
 def same_features(storage: Storage, model: str, other: str) -> list[str]:

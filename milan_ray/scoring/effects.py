@@ -21,15 +21,20 @@ MOST_SCORE = 2.0**18
 """Class scores up to which sums over 2²¹ images stay exact."""
 
 
-def log_scores(scores: torch.Tensor, base: torch.Tensor) -> torch.Tensor:
-    """Logits: the scores themselves, or their logarithm where the network puts out probabilities.
+def are_probabilities(scores: torch.Tensor, coarse: bool = False) -> bool:
+    """Whether class scores of some images are all probabilities: decided once for a network, not image by image.
 
     Args:
-        scores: (R, classes).
-        base: (classes,), scores of the unchanged network, which decide.
+        scores: (n, classes), of the unchanged network.
+        coarse: Whether the network computes in half precision, whose probabilities add up to 1 less well.
     """
-    are_probabilities = (base >= 0).all() & ((base.sum() - 1).abs() < 1e-3)
-    return torch.where(are_probabilities, scores.clamp_min(1e-30).log(), scores)
+    tolerance = 3e-2 if coarse else 1e-3
+    return bool((scores >= 0).all() and ((scores.sum(dim=1) - 1).abs() < tolerance).all())
+
+
+def log_scores(scores: torch.Tensor, probabilities: bool) -> torch.Tensor:
+    """Logits (R, classes): the scores themselves, or their logarithm where the network puts out probabilities."""
+    return scores.clamp_min(1e-30).log() if probabilities else scores
 
 
 @dataclass

@@ -10,7 +10,7 @@ from milan_ray.errors import MilanError
 from milan_ray.models.interventions import CHANGES, Interventions
 from milan_ray.models.readout import Readout, linear_readout
 from milan_ray.models.tail import Tail
-from milan_ray.scoring.effects import EffectSums, log_scores
+from milan_ray.scoring.effects import EffectSums, are_probabilities, log_scores
 
 ROWS = (12, 510)
 """Rows of a pass, at least and at most: whole numbers of units."""
@@ -42,6 +42,7 @@ class LayerEffects:
     def __init__(self, tail: Tail, interventions: Interventions) -> None:
         self._tail, self._interventions = tail, interventions
         self._readout: Readout | None = None
+        self._probabilities = False
         self._is_read = False
 
     def add(self, view: torch.Tensor, image_id: int, sums: EffectSums | None = None) -> EffectSums:
@@ -55,9 +56,8 @@ class LayerEffects:
         Raises:
             MilanError: The model does not put out class scores, or they are not finite.
         """
-        if not self._is_read:  # with a blank view, so that its last bits do not depend on which image comes first
-            blank = self._tail.record(torch.zeros_like(view))
-            self._readout, self._is_read = linear_readout(self._tail, blank), True
+        if not self._is_read:
+            self._read(view)
         values = self._tail.record(view)
         base = self._tail.base_logits
         if not values.isfinite().all() or not base.isfinite().all():
@@ -73,8 +73,18 @@ class LayerEffects:
         sums.add_image(amounts, whole, linear)
         for some in self._pairs(places).split(self._rows(values)) if len(places) else ():
             scores = self._scores(values, amounts, base, some, linear, whole)
-            sums.add(some, log_scores(base, base), log_scores(scores, base))
+            sums.add(some, log_scores(base, self._probabilities), log_scores(scores, self._probabilities))
         return sums
+
+    def _read(self, view: torch.Tensor) -> None:
+        """Looks at the network with fixed views like this one: what is found depends on no image."""
+        noise = torch.Generator().manual_seed(0)
+        scores = []
+        for each in (torch.randint(256, view.shape, generator=noise, dtype=torch.uint8), torch.zeros_like(view)):
+            values = self._tail.record(each)
+            scores.append(self._tail.base_logits)
+        self._probabilities = are_probabilities(torch.stack(scores), self._tail.coarse)
+        self._readout, self._is_read = linear_readout(self._tail, values), True
 
     def _rows(self, values: torch.Tensor) -> int:
         """Rows of a pass: a whole number of units, so that what a unit shares a pass with is another unit's changes."""

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 import polars as pl
 
 from milan_ray.errors import MilanError
-from milan_ray.schema import VERDICTS
+from milan_ray.schema import DESCRIPTIONS, EXEMPLARS, VERDICTS
 from milan_ray.schema.verdicts import SUPPORTED
-from milan_ray.storage import Storage
+from milan_ray.storage import CONFIG_KEY, EXEMPLARS_KEY, Storage
 
 UNJUDGED = "not judged"
 """Stands for the verdict of a description that has none."""
@@ -60,11 +60,11 @@ def only_supported(storage: Storage, units: pl.DataFrame, judge: str, labeler: s
         for layer in layers
     )
     joined = units.join(given, on=["layer", "unit"], how="left", maintain_order="left")
-    stale = joined.filter(pl.col("verdict").is_null() | (pl.col("description") != pl.col("judged")))
+    stale = joined.filter(pl.col("verdict").is_null() | pl.col("description").ne_missing(pl.col("judged")))
     if len(stale):
         raise MilanError(
-            f"{len(stale)} units of {model} {stale['layer'][0]} are described otherwise than when {judge} judged them: "
-            f"run `python -m jobs.score --model {model} --clip {judge} …` again."
+            f"{len(stale)} units of {model} {stale['layer'][0]} are described otherwise, or by other images, than "
+            f"when {judge} judged them: run `python -m jobs.score --model {model} --clip {judge} …` again."
         )
     kept = joined.filter(pl.col("verdict") == SUPPORTED).select(units.columns)
     if not len(kept):
@@ -73,10 +73,24 @@ def only_supported(storage: Storage, units: pl.DataFrame, judge: str, labeler: s
 
 
 def verdicts_of(storage: Storage, keys: dict[str, str]) -> pl.DataFrame:
-    """A layer's own verdicts: columns layer, unit, judged (the description) and verdict."""
+    """A layer's own verdicts: columns layer, unit, judged (the description) and verdict.
+
+    ``judged`` is null where the exemplars were others than now: another network, other features, other images. Their
+    descriptions may read the same.
+    """
     table = storage.read(VERDICTS, ["layer", "unit", "system", "description", "verdict"], **keys)
     rows = pl.DataFrame(pl.from_arrow(table)).filter(pl.col("system") == _OWN)
-    return rows.select("layer", "unit", pl.col("description").alias("judged"), "verdict")
+    judged = pl.col("description") if _of_these_exemplars(storage, keys) else pl.lit(None, pl.String)
+    return rows.select("layer", "unit", judged.alias("judged"), "verdict")
+
+
+def _of_these_exemplars(storage: Storage, keys: dict[str, str]) -> bool:
+    """Whether verdicts are on the exemplars that the present descriptions, or else the present exemplars, are of."""
+    judged = (storage.metadata(VERDICTS, **keys) or {}).get(EXEMPLARS_KEY)
+    of_layer = {"model": keys["model"], "layer": keys["layer"]}
+    described = (storage.metadata(DESCRIPTIONS, labeler=keys["labeler"], **of_layer) or {}).get(EXEMPLARS_KEY)
+    now = described or (storage.metadata(EXEMPLARS, **of_layer) or {}).get(CONFIG_KEY)
+    return judged is None or now is None or judged == now
 
 
 def verdicts_by(storage: Storage, judge: str) -> pl.DataFrame:

@@ -200,6 +200,8 @@ def decide(evidence: Evidence, silent: np.ndarray, unlike: np.ndarray) -> list[t
             verdicts.append((NOTHING, "its activation never changes on the images that count"))
         elif evidence.q[unit] > RATE:
             verdicts.append(_rejected(float(unlike[unit]), float(evidence.excess[unit])))
+        elif evidence.score[unit] <= 0:
+            verdicts.append((UNSUPPORTED, "its activation falls where the description fits"))
         elif evidence.score[unit] < HALF * evidence.best[unit]:
             verdicts.append((PARTLY, "better than shuffled, but another description of the layer fits much better"))
         else:

@@ -5,7 +5,9 @@ probe ─► sample of images ─► [block of units × some images: change, rer
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -19,12 +21,14 @@ from milan_ray.engine.actor_pool import Row
 from milan_ray.engine.model_cache import ModelCache
 from milan_ray.engine.stage import Job, Known, Output, Shard, ShardedStage, Shards, ShardWorker
 from milan_ray.errors import MilanError
+from milan_ray.exemplars.behaviour import COMPUTES, behaviours, same
 from milan_ray.exemplars.forward import read_inputs
 from milan_ray.models.ablation import directions
+from milan_ray.models.establish import established
 from milan_ray.models.hooks import unwrap
 from milan_ray.models.interventions import Interventions
 from milan_ray.models.layouts import Layout
-from milan_ray.models.registry import ModelSpec
+from milan_ray.models.registry import OUTPUTS, ModelSpec
 from milan_ray.models.tail import Tail
 from milan_ray.probe.base import ImageRef, LatentProbe
 from milan_ray.probe.manifest import digest as probe_digest
@@ -36,7 +40,7 @@ from milan_ray.scoring.simulation import scattered
 from milan_ray.stages.exemplars import failing, store_manifest
 from milan_ray.stages.exemplars.describe_model import AFTER_ACTIVATIONS, DescribedModel, describe_model
 from milan_ray.stages.features_fit.passes import of_table, to_table
-from milan_ray.storage import Storage
+from milan_ray.storage import Storage, inputs_of
 
 KERNEL_VERSION = "effects-1"
 
@@ -99,7 +103,8 @@ class EffectsWorker(ShardWorker):
     def _load(self, index: int) -> tuple[ModelSpec, torch.nn.Module]:
         spec = references.model(self._models[index])
         weights = next(place.weights for place in self._places.values() if place.model == index)
-        return spec, unwrap(references.network(spec, weights).to(self._device))
+        # A copy, for a factory may give several threads one object, and a tail puts its own functions into modules.
+        return spec, deepcopy(unwrap(references.network(spec, weights))).to(self._device)
 
     def __call__(self, row: Row) -> Row:
         """Runs one block of units on some images."""
@@ -115,6 +120,9 @@ class EffectsWorker(ShardWorker):
                 sums = found.add(view, image_id, sums)
             except MilanError as error:
                 raise MilanError(f"effects of {what}: {error}") from error
+            except Exception as error:  # a user's model may raise anything
+                reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
+                raise MilanError(f"effects of {what}: the model failed on image {image_id}: {reason}") from error
         arrays = {} if sums is None else sums.state()
         self._store(row, [(number, to_table({**arrays, "units": np.array(row["units"], np.int64)}))])
         return {"images": len(batch.ids)}
@@ -166,6 +174,7 @@ class Effects(ShardedStage):
         self._models, self._probe, self._config = tuple(dict.fromkeys(models)), probe, config
         self._how, self._units = how, units
         self._described: dict[str, DescribedModel] = {}
+        self._tells: dict[str, str] = {}
         self.failed: dict[str, str] = {}
 
     def outputs(self, known: Known) -> Iterator[Output]:
@@ -182,23 +191,43 @@ class Effects(ShardedStage):
                 _check_classifier(spec, isinstance(source, LatentProbe))
                 if ref.name not in self._described:
                     self._described[ref.name] = describe_model(spec, source, digest, self._how)
-                yield from list(self._outputs_of(spec, self._described[ref.name]))
+                    self._tells[ref.name] = _class_scores(spec)
+                yield from list(self._outputs_of(known.storage, spec, self._described[ref.name]))
 
-    def _outputs_of(self, spec: ModelSpec, described: DescribedModel) -> Iterator[Output]:
+    def _outputs_of(self, storage: Storage, spec: ModelSpec, described: DescribedModel) -> Iterator[Output]:
         for layer, fingerprint in described.fingerprints.items():
             references.check_units(self._units, described.layouts[layer].units, spec.name, layer)
-            if layer in spec.features:
-                directions(spec, layer)
             alone = (*AFTER_ACTIVATIONS, "batch_size")  # each image runs alone
             inputs = {name: digest for name, digest in fingerprint.inputs.items() if name not in alone}
             own = {"effects": KERNEL_VERSION, "images": self._config.images, "amplify": self._config.factor}
-            inputs |= Fingerprint.of({**own, "classes": self._config.classes}).inputs
+            own |= {"classes": self._config.classes}
+            if spec.classes is not None:
+                own |= {"names": spec.classes}
+            if layer in spec.features:
+                own |= {"directions": hashlib.sha256(directions(spec, layer).numpy().tobytes()).hexdigest()}
+            inputs |= Fingerprint.of(own).inputs
+            inputs |= self._rewritten(storage, spec.name, layer)
             every = config_hash(inputs)
             if self._units:
                 inputs |= Fingerprint.of({"units": self._units}).inputs
             yield Output(
                 {"model": spec.name, "layer": layer}, Fingerprint(config_hash(inputs), inputs, every, self._units)
             )
+
+    def _rewritten(self, storage: Storage, model: str, layer: str) -> dict[str, str]:
+        """A further input where the network tells other classes than when its effects were measured.
+
+        Neither weights nor modules say what a ``forward`` does behind the layer.
+        """
+        stored = storage.metadata(EFFECTS, model=model, layer=layer) or {}
+        before, now = stored.get(COMPUTES), self._tells[model]
+        if not before or not now:
+            return {}
+        further = inputs_of(stored).get(COMPUTES)
+        if not same(before, now):
+            say(f"effects of {model} {layer}: the network tells classes otherwise than then: measured anew")
+            further = config_hash({COMPUTES: now})[:8]
+        return {} if further is None else {COMPUTES: further}
 
     def shards(self, job: Job) -> Shards:
         """Blocks of units × ranges of images; an image's effects depend neither on its range nor on other images.
@@ -266,7 +295,7 @@ class Effects(ShardedStage):
                     sums = part
                 else:
                     sums.merge(part)
-        _add_peers(rows)
+        _add_peers(rows, none=bool(self._units))
         columns = {column.name: [row[column.name] for row in rows] for column in EFFECTS.columns[2:]}
         whole = max(int(str(row["whole"])) for row in rows)
         if whole:
@@ -275,7 +304,7 @@ class Effects(ShardedStage):
                 "on, so whole passes gave the figures",
                 level="warning",
             )
-        facts = {"factor": f"{self._config.factor:g}", "whole_passes": str(whole)}
+        facts = {"factor": f"{self._config.factor:g}", "whole_passes": str(whole), COMPUTES: self._tells[output.model]}
         facts["linear"] = str(max(int(str(row["linear"])) for row in rows))
         return EFFECTS.table(columns, facts, **output.keys)
 
@@ -312,13 +341,14 @@ class Effects(ShardedStage):
             }  # fmt: skip
 
 
-def _add_peers(rows: Sequence[dict[str, Any]]) -> None:
-    """Adds each unit's peer, and what the same change of it moved."""
+def _add_peers(rows: Sequence[dict[str, Any]], none: bool) -> None:
+    """Adds each unit's peer, and what the same change of it moved; none where not all units of the layer are there."""
     by_change: dict[str, list[dict[str, Any]]] = {}
     for row in rows:
         by_change.setdefault(row["change"], []).append(row)
     for of_change in by_change.values():
-        places = peers([row["strength"] for row in of_change], [row["active"] for row in of_change])
+        strengths, active = ([row[name] for row in of_change] for name in ("strength", "active"))
+        places = [None] * len(of_change) if none else peers(strengths, active)
         for row, place in zip(of_change, places, strict=True):
             row["peer"] = None if place is None else of_change[place]["unit"]
             row["peer_moved"] = None if place is None else of_change[place]["moved"]
@@ -334,6 +364,17 @@ def chosen_images(manifest: pa.Table, count: int) -> pa.Table:
     ids = manifest["image_id"].to_numpy()
     chosen = np.sort(np.lexsort((ids, scattered(ids)))[:count])
     return manifest.select(["image_id", "root", "path"]).take(pa.array(chosen))
+
+
+def _class_scores(spec: ModelSpec) -> str:
+    """Checks the network's class scores as layers are checked, and returns a fingerprint of them; empty for none.
+
+    Raises:
+        MilanError: They depend on other images of a batch, or differ from pass to pass.
+    """
+    network = references.network(spec)
+    layouts = established(spec, network, [OUTPUTS], positions=False)
+    return behaviours(spec, network, layouts, None).get(OUTPUTS, "")
 
 
 def _check_classifier(spec: ModelSpec, latents: bool) -> None:

@@ -54,7 +54,7 @@ from milan_ray.stages.tuning_statistics import (
     split_units,
 )
 from milan_ray.stages.tuning_trial import DONE, TEXTS, Task, TuningJob, Unit, run_trial
-from milan_ray.storage import WORK, Storage
+from milan_ray.storage import EXEMPLARS_KEY, UNITS_KEY, WORK, Storage
 from milan_ray.yaml_files import to_yaml
 
 KERNEL_VERSION = "tuning-1"
@@ -132,7 +132,7 @@ def _tune(storage: Storage, job: TuningJob, output: Output, folder: str, resourc
     _run_trials(storage, task, trials, resources)
     scores = _trial_rows(storage, task, trials, output.keys)
     best = best_trial(scores, job.sweep.metric)
-    setting = Setting(best["beam_size"] or 1, best["length"], best["lam"], best["mu"])
+    setting = Setting(best["beam_size"] or 1, best["length"], best["lam"], best["mu"] if job.sweep.mus else None)
     compared = _compare(storage, task, trials, best, units, split[HELD_OUT])
     about = (
         f"{job.decoder}, chosen by {job.sweep.metric} {best['value']:.4g} [{best['low']:.4g}, {best['high']:.4g}] on "
@@ -185,6 +185,7 @@ def _fingerprint(known: Known, captioner: Captioner, job: TuningJob) -> Fingerpr
         encodings.append(known.config(ENCODINGS, **encoded))
         if job.sweep.mus:
             contrasts.append(known.config(CONTRAST_ENCODINGS, **encoded))
+            _check_contrasts(storage, encoded, exemplars)
     return Fingerprint.of(
         {
             "kernel": KERNEL_VERSION,
@@ -197,6 +198,18 @@ def _fingerprint(known: Known, captioner: Captioner, job: TuningJob) -> Fingerpr
             **({"contrasts": contrasts} if job.sweep.mus else {}),
         }
     )
+
+
+def _check_contrasts(storage: Storage, keys: Mapping[str, str], exemplars: str | None) -> None:
+    """Refuses contrasts of other exemplars, or of some units alone: the others would be tuned without any."""
+    made = storage.metadata(CONTRAST_ENCODINGS, **keys) or {}
+    of_others, some = made.get(EXEMPLARS_KEY) != exemplars, made.get(UNITS_KEY)
+    if of_others or some:
+        what = "of earlier exemplars" if of_others else f"of units {some} alone"
+        raise MilanError(
+            f"the contrasts of {keys['model']} {keys['layer']} are {what}: make them again with "
+            "jobs.describe --contrast, for all units."
+        )
 
 
 def _run_trials(storage: Storage, task: Task, trials: Sequence[Trial], resources: Resources) -> None:

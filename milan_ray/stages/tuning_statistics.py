@@ -143,13 +143,13 @@ class Setting:
         beam_size: Beams per unit; 1 is greedy decoding.
         length: Maximum number of tokens, ``<stop>`` included.
         lam: λ; 0 ranks by log p(d|E) alone.
-        mu: μ of contrastive descriptions; 0 where they were not tried, or not chosen.
+        mu: μ of contrastive descriptions; 0 where they were not chosen, None where they were not tried.
     """
 
     beam_size: int
     length: int
     lam: float
-    mu: float = 0.0
+    mu: float | None = None
 
 
 # -- configuration files ----------------------------------------------------------------------------------------------
@@ -191,8 +191,8 @@ def read_setting(text: str, where: str) -> Setting:
     """Reads a setting; arguments and errors as :func:`read_sweep`."""
     given = mapping(text, where, Setting)
     beam_size, length = (whole(given[key], key, where) for key in ("beam_size", "length"))
-    lam, mu = number(given["lam"], "lam", where), number(given.get("mu", 0.0), "mu", where)
-    return Setting(beam_size, length, lam, mu)
+    lam, mu = number(given["lam"], "lam", where), given.get("mu")
+    return Setting(beam_size, length, lam, None if mu is None else number(mu, "mu", where))
 
 
 def _numbers(value: object, key: str, where: str) -> tuple[Any, ...]:

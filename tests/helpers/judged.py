@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from milan_ray.schema import VERDICTS
-from milan_ray.storage import Storage
+from milan_ray.storage import EXEMPLARS_KEY, Storage
 
 JUDGE = "judge"
 
@@ -16,6 +16,7 @@ def judge(
     texts: Sequence[str],
     verdicts: Sequence[str],
     predictor: str = JUDGE,
+    exemplars: str | None = None,
 ) -> None:
     """Writes verdicts on the descriptions of a layer (labeler, model, layer); shuffled ones are all supported."""
     keys = {"predictor": predictor, **keys}
@@ -25,5 +26,6 @@ def judge(
         for unit, (text, verdict) in enumerate(zip(texts, verdicts, strict=True))
         for system, given in (("own", verdict), ("shuffled", "supported"), ("constant", "unsupported"))
     ]
-    table = VERDICTS.table({column.name: [row.get(column.name) for row in rows] for column in VERDICTS.columns})
+    columns = {column.name: [row.get(column.name) for row in rows] for column in VERDICTS.columns}
+    table = VERDICTS.table(columns, None if exemplars is None else {EXEMPLARS_KEY: exemplars})
     storage.write(VERDICTS, table, "".join([*texts, *verdicts]), **keys)

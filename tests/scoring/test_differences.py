@@ -59,6 +59,12 @@ def test_features_are_counted_where_both_have_them_and_paired_where_they_are_the
     assert found.units == 3 and found.changes["other_description"].to_list() == ["a cow"]
 
 
+def test_network_with_features_alone_that_the_other_lacks_is_one_sentence() -> None:
+    both = pl.concat([frame("one", {"a#sae": ["a dog"]}), frame("other", {"a": ["a dog"]})])
+    with pytest.raises(MilanError, match="only features of one are described that others lack: describe its units"):
+        diff_descriptions(both, "one", "other")
+
+
 def test_words_asked_for_may_be_alternatives_and_unsaid(both: pl.DataFrame) -> None:
     found = diff_descriptions(both, "plain", "blurred", words=["people|cat", "unicorn", "red line"])
     assert found.words["word"].to_list() == ["people|cat", "unicorn", "red line"]

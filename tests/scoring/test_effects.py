@@ -20,7 +20,7 @@ from milan_ray.models.interventions import ABLATED, AMPLIFIED, CHANGES, RANDOM, 
 from milan_ray.models.registry import ModelSpec
 from milan_ray.models.tail import Tail
 from milan_ray.models.view import Preprocess, View
-from milan_ray.scoring.effects import DETAILED, EffectSums, effects, log_scores, peers
+from milan_ray.scoring.effects import DETAILED, EffectSums, are_probabilities, effects, log_scores, peers
 from milan_ray.scoring.layer_effects import LayerEffects, check_reaches
 
 SIDE = 32
@@ -435,9 +435,13 @@ def test_scores_that_cannot_be_added_up_are_refused():
 
 def test_probabilities_become_logits_and_scores_stay():
     scores = torch.tensor([[0.2, 0.8], [0.5, 0.5]])
-    torch.testing.assert_close(log_scores(scores, scores[0]).softmax(dim=1), scores)
-    assert torch.equal(log_scores(scores, torch.tensor([0.2, 0.9])), scores)
-    assert torch.equal(log_scores(scores, torch.tensor([-0.2, 1.2])), scores)
+    assert are_probabilities(scores)
+    torch.testing.assert_close(log_scores(scores, True).softmax(dim=1), scores)
+    assert not are_probabilities(torch.tensor([[0.2, 0.8], [0.2, 0.9]]))
+    assert not are_probabilities(torch.tensor([[0.2, 0.8], [-0.2, 1.2]]))
+    assert torch.equal(log_scores(scores, False), scores)
+    rounded = (torch.randn(9, 1000, generator=torch.Generator().manual_seed(0)) * 4).softmax(dim=1).bfloat16().float()
+    assert are_probabilities(rounded, coarse=True) and not are_probabilities(rounded)
 
 
 def test_peers_are_the_units_of_nearest_strength():

@@ -157,6 +157,8 @@ def evidence(score: float, best: float, q: float) -> Evidence:
         (evidence(0.5, 0.6, 0.01), True, 0.01, NOTHING),
         (evidence(np.nan, np.nan, np.nan), False, 0.01, NOTHING),
         (evidence(0.5, np.nan, 0.01), False, 0.01, SUPPORTED),
+        (evidence(-0.05, -0.258, 0.003), False, 0.01, UNSUPPORTED),
+        (evidence(-0.1, -0.1, 0.003), False, 0.01, UNSUPPORTED),
     ],
 )
 def test_rule_of_verdicts(about, silent, unlike, verdict):

@@ -259,6 +259,20 @@ def test_scores_of_labels_whose_contrasts_are_others_are_one_sentence(run):
         run_scores(storage, stages, ScoreConfig(), Resources())
 
 
+def test_scores_of_labels_whose_contrasts_are_gone_for_other_units_are_one_sentence(run):
+    storage, source = run
+    storage.remove(CONTRASTS.name)
+    run_stage(Contrasts(LAYERS, source, units=(1,)), storage, Resources())
+    described = described_layers(storage, ["tiny/cnn"], [CONTRAST])
+    with pytest.raises(MilanError, match="make the labels again"):
+        run_scores(
+            storage,
+            score_stages(described, source.images.probe, source.images.ref, ScoreConfig()),
+            ScoreConfig(),
+            Resources(),
+        )
+
+
 def test_contrast_without_pooled_activations_is_one_sentence(run):
     storage, source = run
     storage.remove(POOLED.name)
@@ -360,6 +374,12 @@ def test_setting_chosen_for_contrasts_gives_mu_and_is_refused_without_them(tmp_p
     args = options("--contrast", "c", "--mu", "0.2")
     search_of(args, "toy")
     assert args.mu == 0.2
+    for line, expected in (("mu: 0.0\n", 0.0), ("mu: null\n", None), ("", None)):  # not chosen; not tried
+        setting.write_text(f"beam_size: 6\nlength: 5\nlam: 0.3\n{line}")
+        args = options("--contrast", "c")
+        search_of(args, "toy")
+        assert args.mu == expected
+    setting.write_text("beam_size: 6\nlength: 5\nlam: 0.3\nmu: 0.45\n")
     with pytest.raises(MilanError, match="--contrast MODEL"):
         search_of(options(), "toy")
     assert search_of(options("--lam", "0.2"), "toy").lam == 0.2

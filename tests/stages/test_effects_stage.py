@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -16,7 +18,9 @@ from milan_ray.engine.references import ModelRef, ProbeRef
 from milan_ray.engine.stage import run_stage
 from milan_ray.errors import MilanError
 from milan_ray.exemplars.forward import read_inputs
-from milan_ray.models.ablation import Ablation
+from milan_ray.models.ablation import Ablation, directions
+from milan_ray.models.registry import ModelSpec
+from milan_ray.models.view import Preprocess, View
 from milan_ray.probe.base import ImageRef
 from milan_ray.probe.manifest import image_refs
 from milan_ray.schema import EFFECTS
@@ -247,3 +251,66 @@ def test_table_holds_what_its_schema_says(once):
     file = pq.read_table(Path(once.root) / once.path(EFFECTS, model="tiny/cnn", layer="0"))
     EFFECTS.check(file.schema)
     assert file.num_rows == 3 * 6
+
+
+class Mates(torch.nn.Module):
+    """Behind its first layer, each image changes with the others of its batch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.norm = torch.nn.Conv2d(3, 4, 3), torch.nn.BatchNorm2d(4, track_running_stats=False)
+        self.fc = torch.nn.Linear(4, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.fc(self.norm(self.a(x)).relu().mean(dim=(2, 3)))
+
+
+class Drawing(torch.nn.Module):
+    """Behind its first layer, each pass is another one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.fc = torch.nn.Conv2d(3, 4, 3), torch.nn.Linear(4, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.fc(torch.nn.functional.dropout(self.a(x).relu().mean(dim=(2, 3)), 0.5, True))
+
+
+@pytest.mark.parametrize("network", [Mates, Drawing])
+def test_networks_whose_classes_depend_on_more_than_the_image_are_refused(network):
+    def build(weights: str | None) -> torch.nn.Module:
+        torch.manual_seed(0)
+        return network()
+
+    spec = ModelSpec("toy/more", build, ("a",), Preprocess(View(resize=16, crop=16)))
+    with pytest.raises(MilanError):
+        effects._class_scores(spec)
+
+
+def test_what_is_behind_the_layer_classes_names_and_directions_decide(once, photos, tmp_path, monkeypatch):
+    shutil.copytree(once.root, tmp_path, dirs_exist_ok=True)
+
+    def reasons() -> dict[str, str | None]:
+        steps = Plan.of(Storage(tmp_path), [stage(photos)]).steps
+        return {step.keys[1]: step.reason for step in steps}
+
+    assert set(reasons().values()) == {None}
+    told = effects._class_scores
+    with monkeypatch.context() as patched:  # another forward of the same modules
+        patched.setattr(effects, "_class_scores", lambda spec: json.dumps([9 * n for n in json.loads(told(spec))]))
+        assert all("computes" in str(reason) for reason in reasons().values())
+    with monkeypatch.context() as patched:
+        found = references.model
+        patched.setattr(references, "model", lambda ref: replace(found(ref), classes=tuple("abcdefgh")))
+        assert all("names" in str(reason) for reason in reasons().values())
+    with monkeypatch.context() as patched:
+        given = directions
+        patched.setattr(effects, "directions", lambda spec, layer: 1 + given(spec, layer))
+        assert {layer for layer, reason in reasons().items() if reason} == {"0#rectified"}
+    assert set(reasons().values()) == {None}
+
+
+def test_some_units_alone_have_no_peers(photos, tmp_path):
+    storage = made(tmp_path, photos, ref=replace(CNN, layers=("0",)), units=(0, 3))
+    rows = storage.read(EFFECTS, model="tiny/cnn", layer="0").to_pylist()
+    assert len(rows) == 6 and {row["peer"] for row in rows} == {None}

@@ -38,7 +38,7 @@ from milan_ray.stages.descriptions import Search, run_descriptions
 from milan_ray.stages.tuning import Tuning
 from milan_ray.stages.tuning_statistics import Sweep, read_setting, split_units
 from milan_ray.stages.tuning_trial import TuningJob
-from milan_ray.storage import Storage
+from milan_ray.storage import EXEMPLARS_KEY, UNITS_KEY, Storage
 
 ROOT = Path(__file__).resolve().parents[2]
 UNITS = {"a": range(12), "b": range(8)}
@@ -238,12 +238,22 @@ def test_trials_with_contrasts_equal_ranking_by_hand(storage, tmp_path, monkeypa
     job = replace(JOB, name="contrasts", sweep=sweep)
     with pytest.raises(MilanError, match="describe --contrast MODEL"):
         Tuning(job).run(copy, Resources())
+    of = [copy.exemplars_of(ENCODINGS, encoder="tiny", model="toy/model", layer=layer) for layer in features()]
+    own = {EXEMPLARS_KEY: of[0]} if of[0] else {}
     others = {layer: np.flip(values, axis=0)[1:, :3].copy() for layer, values in features().items()}  # last unit: none
     for layer, values in others.items():
         n, k, _ = values.shape
         columns = {"unit": np.repeat(np.arange(n), k), "rank": np.tile(np.arange(k), n)}
         keys = {"encoder": "tiny", "model": "toy/model", "layer": layer}
         rows = CONTRAST_ENCODINGS.table(columns | {"feature": list(values.reshape(n * k, -1))}, **keys)
+        for wrong, says in (
+            ({EXEMPLARS_KEY: "x"}, "of earlier exemplars"),
+            ({UNITS_KEY: "1,2"}, "units 1,2 alone"),
+        ):
+            copy.write(CONTRAST_ENCODINGS, rows.replace_schema_metadata(own | wrong), "contrasts", **keys)
+            with pytest.raises(MilanError, match=says):
+                Tuning(replace(job, layers=(("toy/model", layer),))).run(copy, Resources())
+        rows = rows.replace_schema_metadata(own)
         copy.write(CONTRAST_ENCODINGS, rows, "contrasts", **keys)
 
     def here(storage, task, trials, resources):

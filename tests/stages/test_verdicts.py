@@ -17,9 +17,9 @@ from milan_ray.schema import CALIBRATIONS, DESCRIPTIONS, EXEMPLARS, POOLED, SCOR
 from milan_ray.scoring.presence import presence_scores
 from milan_ray.scoring.simulation import held_out
 from milan_ray.scoring.verdicts import weigh
-from milan_ray.stages.scores import verdicts
+from milan_ray.stages.scores import Described, class_layers, verdicts
 from milan_ray.stages.scores.inputs import SYSTEMS
-from milan_ray.storage import Storage
+from milan_ray.storage import EXEMPLARS_KEY, Storage
 
 PLUGIN = str(Path(__file__).resolve().parents[1] / "plugins/patches.py")
 PLACES = ("one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve")
@@ -183,6 +183,34 @@ def test_calibration_from_networks_without_descriptions_is_one_sentence(mine, ca
     assert "no descriptions of patches/nowhere" in capsys.readouterr().err
     assert cli.main(["score", "--model", WATCHER, *SOURCE, "--generator", "g", *UNTRAINED]) == 1
     assert "without --clip --calibrate would do nothing" in capsys.readouterr().err
+
+
+def test_calibration_takes_no_untrained_network_for_a_known_one_and_names_those_that_are_not_there(mine, capsys):
+    both = ["patches/untrained-1", *UNTRAINED]
+    assert cli.main([*score(mine), *both[1:], "--dry-run"]) == 0
+    assert cli.main(["score", "--model", WATCHER, both[0], *score(mine)[3:], *UNTRAINED]) == 0
+    (curve,) = mine.read(CALIBRATIONS, predictor="patches/truth").to_pylist()
+    assert curve["true"] == 24  # of the watcher's units alone
+    capsys.readouterr()
+    assert cli.main(score(mine, *UNTRAINED, model="patches/untrained-1")) == 1
+    assert "learns true descriptions from other networks" in capsys.readouterr().err
+    assert cli.main(score(mine, *UNTRAINED, "patches/nowhere")) == 1
+    assert "no descriptions of patches/nowhere" in capsys.readouterr().err
+
+
+def test_labels_of_earlier_exemplars_are_not_judged(mine, capsys):
+    keys = {"labeler": "people", "model": WATCHER, "layer": "seen"}
+    table = mine.read(DESCRIPTIONS, **keys)
+    mine.write(DESCRIPTIONS, table.replace_schema_metadata({EXEMPLARS_KEY: "earlier"}), "said", **keys)
+    assert cli.main(score(mine)) == 1
+    assert "is of earlier exemplars: make these labels again" in capsys.readouterr().err
+
+
+def test_features_are_no_classes_though_they_are_as_many(mine):
+    table, meta = (of(POOLED, model=WATCHER, layer="seen") for of in (mine.read, mine.metadata))
+    mine.write(POOLED, table.replace_schema_metadata(meta), "c", model=WATCHER, layer="seen#sae")
+    described = [Described("people", WATCHER, layer) for layer in ("seen", "seen#sae")]
+    assert list(class_layers(mine, described, {WATCHER: tuple(map(str, range(25)))})) == [(WATCHER, "seen")]
 
 
 def test_scores_of_presence_stand_beside_and_are_judged_by_supported_descriptions(mine, capsys):

@@ -14,7 +14,8 @@ from milan_ray.engine.references import ModelRef, ProbeRef
 from milan_ray.engine.stage import Known
 from milan_ray.errors import MilanError
 from milan_ray.schema import AUDITED, AUDITS, DESCRIPTIONS, EXEMPLARS
-from milan_ray.storage import Storage
+from milan_ray.scoring.supported import UNJUDGED, verdicts_by, with_verdicts
+from milan_ray.storage import EXEMPLARS_KEY, Storage
 from milan_ray.studies.analysis.run import Analysis, AnalysisConfig
 from milan_ray.studies.editing.run import EditingConfig, unwanted_units
 from milan_ray.studies.tables import read_descriptions, settings
@@ -28,9 +29,10 @@ def keys(layer: str = "0", model: str = "tiny/cnn") -> dict[str, str]:
     return {"labeler": "milan", "model": model, "layer": layer}
 
 
-def describe(storage: Storage, of: dict[str, str], texts: tuple[str, ...]) -> None:
+def describe(storage: Storage, of: dict[str, str], texts: tuple[str, ...], exemplars: str | None = None) -> None:
     rows = [{**of, "unit": u, "description": t, "score": 0.0, "n_best": []} for u, t in enumerate(texts)]
-    table = DESCRIPTIONS.table({c.name: [row.get(c.name) for row in rows] for c in DESCRIPTIONS.columns})
+    columns = {c.name: [row.get(c.name) for row in rows] for c in DESCRIPTIONS.columns}
+    table = DESCRIPTIONS.table(columns, None if exemplars is None else {EXEMPLARS_KEY: exemplars})
     storage.write(DESCRIPTIONS, table, "".join(texts), **of)
 
 
@@ -50,6 +52,20 @@ def test_only_supported_descriptions_are_read(storage):
         ("2", 0, "text"), ("2", 2, "lines"), ("2", 4, "lines"), ("2", 6, "lines"),
     ]  # fmt: skip
     assert len(read_descriptions(storage, "tiny/cnn", ("0", "2"), "milan")) == 14
+
+
+def test_a_verdict_on_other_exemplars_is_none_though_the_description_reads_the_same(storage):
+    texts = SAID["0"]
+    judge(storage, keys(), texts, [YES] * len(texts), exemplars="first")
+    describe(storage, keys(), texts, "first")
+    assert len(read_descriptions(storage, "tiny/cnn", ("0",), "milan", JUDGE)) == len(texts)
+    describe(storage, keys(), texts, "second")  # of another network, or of other features
+    with pytest.raises(MilanError, match=f"{len(texts)} units of tiny/cnn 0 are .* by other images"):
+        read_descriptions(storage, "tiny/cnn", ("0",), "milan", JUDGE)
+    units = read_descriptions(storage, "tiny/cnn", ("0",), "milan").with_columns(
+        labeler=pl.lit("milan"), model=pl.lit("tiny/cnn")
+    )
+    assert set(with_verdicts(units, verdicts_by(storage, JUDGE))["verdict"]) == {UNJUDGED}
 
 
 def test_editing_removes_supported_units_alone(storage):
@@ -79,7 +95,7 @@ def test_missing_stale_and_empty_verdicts_are_one_sentence_each(storage):
     with pytest.raises(MilanError, match=r"no verdicts by clip on what milan says .* some by judge.*jobs.score"):
         read_descriptions(storage, "tiny/cnn", ("0",), "milan", "clip")
     describe(storage, keys(), ("other", *SAID["0"][1:]))
-    with pytest.raises(MilanError, match="1 units of tiny/cnn 0 are described otherwise than when judge judged"):
+    with pytest.raises(MilanError, match=r"1 units of tiny/cnn 0 are described otherwise, or .* when judge"):
         read_descriptions(storage, "tiny/cnn", ("0",), "milan", JUDGE)
     judge(storage, keys("2"), SAID["2"], [NO] * 8)
     with pytest.raises(MilanError, match="judge supports no description of tiny/cnn by milan"):

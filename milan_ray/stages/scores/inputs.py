@@ -14,11 +14,12 @@ from milan_ray.engine.stage import Job, Output, piece_schema
 from milan_ray.errors import MilanError
 from milan_ray.exemplars.pooled import matrix
 from milan_ray.models.image_text import Embedder, ImageText
+from milan_ray.names import SIGN
 from milan_ray.progress import say
 from milan_ray.schema import CONTRASTS, DESCRIPTIONS, EXEMPLARS, POOLED, UNIT_SCORES
 from milan_ray.scoring.evaluation import CONSTANT, SHUFFLED, shuffled
 from milan_ray.scoring.simulation import SIGMOIDS, Sigmoid, held_out
-from milan_ray.storage import CONTRASTS_KEY, Storage
+from milan_ray.storage import CONTRASTS_KEY, UNITS_KEY, Storage
 
 KERNEL_VERSION = "scores-1"
 
@@ -192,7 +193,11 @@ def contrasts_of(storage: Storage, described: Described) -> pa.Table:
         return storage.read(EXEMPLARS, ["unit", "image_id"], **keys).slice(0, 0)
     encoder = meta["contrasts"]
     present = storage.metadata(CONTRASTS, encoder=encoder, **keys)
-    if present is None or storage.all_units_of(CONTRASTS, encoder=encoder, **keys) != meta[CONTRASTS_KEY]:
+    same = present is not None and storage.all_units_of(CONTRASTS, encoder=encoder, **keys) == meta[CONTRASTS_KEY]
+    if present is not None and present.get(UNITS_KEY):  # made for some units alone
+        labelled = storage.read(DESCRIPTIONS, ["unit"], **described.keys)["unit"].to_pylist()
+        same &= set(labelled) <= set(map(int, present[UNITS_KEY].split(",")))
+    if not same:
         raise MilanError(
             f"the contrasts by {encoder} that {described.labeler} labelled {described.model} {described.layer} with "
             "are gone or others, so nobody knows which images made these labels; make the labels again."
@@ -211,10 +216,15 @@ def upstream(storage: Storage, described: Described, digest: str) -> dict[str, s
     """The configuration hashes of the tables that a layer's scores are computed from.
 
     Raises:
-        MilanError: Its pooled activations on the probe are missing.
+        MilanError: Its pooled activations on the probe are missing, or its labels are of earlier exemplars.
     """
     check_pooled(storage, described, digest)
     keys = {"model": described.model, "layer": described.layer}
+    if (of := storage.exemplars_of(DESCRIPTIONS, **described.keys)) and of != storage.config_of(EXEMPLARS, **keys):
+        raise MilanError(
+            f"what {described.labeler} says of {described.model} {described.layer} is of earlier exemplars: make these "
+            "labels again before they are judged."
+        )
     return {
         "descriptions": storage.config_of(DESCRIPTIONS, **described.keys),
         "pooled": storage.config_of(POOLED, **keys),
@@ -292,14 +302,15 @@ def class_layers(
     named: dict[tuple[str, str], tuple[str, ...]] = {}
     others: list[str] = []
     for model, layer in dict.fromkeys((what.model, what.layer) for what in described if what.model in classes):
-        if (units := units_of(storage, model, layer)) == len(classes[model]):
+        units = units_of(storage, model, layer)
+        if units == len(classes[model]) and SIGN not in layer:  # feature 5 is not class 5
             named[model, layer] = classes[model]
         else:
             others.append(f"{model} {layer} ({units} units, {len(classes[model])} classes)")
     if not named:
         raise MilanError(
             f"class names are for the layer that puts the classes out, which has as many units: not {', '.join(others)}"
-            "; describe it (--layers outputs), or leave out --class-names and --sanity."
+            "; describe it (--layers outputs), or leave out --class-names, --sanity and --calibrate."
         )
     say(f"class names: compared in {', '.join(' '.join(keys) for keys in named)}, which have as many units as classes")
     if others:

@@ -71,7 +71,7 @@ from milan_ray.stages.scores.inputs import (
     upstream,
 )
 from milan_ray.stages.scores.sanity import DescribedSanity
-from milan_ray.storage import Storage
+from milan_ray.storage import EXEMPLARS_KEY, Storage
 
 KERNEL_VERSION = "verdicts-1"
 
@@ -265,7 +265,8 @@ class Verdicts(ShardedStage):
         for system in SYSTEMS:
             evidence = weigh(scores, table[_INDEX[system]].to_numpy())
             rows.append(_rows(table, system, evidence, decide(evidence, silent, likeness), calibration))
-        return VERDICTS.table(output.columns(pa.concat_tables(rows)))
+        of_exemplars = {EXEMPLARS_KEY: storage.config_of(EXEMPLARS, **output.of_layer)}
+        return VERDICTS.table(output.columns(pa.concat_tables(rows)), of_exemplars)
 
 
 def _rows(
